@@ -1,0 +1,84 @@
+"""Builds one decoder layer by its override."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.config import CompilationConfig
+
+from llmcompressor_moe_vllm.config_view import layer_view
+from llmcompressor_moe_vllm.overrides import LayerOverride
+
+
+class DroppedFeedForward(nn.Module):
+    """Stands where a dropped MoE was: adds nothing to the residual stream and has no weights."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Zeros like `hidden_states`, whatever else the layer passes."""
+        return torch.zeros_like(hidden_states)
+
+
+@dataclass(frozen=True)
+class BuiltLayer:
+    """What came of building a layer, for the verification."""
+
+    dropped: str | None
+    """Name of the feed-forward that was replaced, where one was."""
+    expert_counts: tuple[int, ...]
+    """Routed experts of each fused MoE left in the layer."""
+    read_per_layer_config: bool
+    """The layer asked the config for its own values."""
+
+
+def build_layer(
+    make: Callable[[], nn.Module], override: LayerOverride, compilation_config: CompilationConfig
+) -> tuple[nn.Module, BuiltLayer]:
+    """Call `make` so that the layer comes out as `override` says.
+
+    A layer without a fused MoE is returned as it is, so that stacks of other parts of the model (a vision
+    tower with as many layers) pass through; the caller verifies what was applied.
+    """
+    known = set(compilation_config.static_forward_context)
+    with layer_view(override.values) as reads:
+        layer = make()
+    # Every fused MoE and every attention registers itself here, whatever its class and place in the layer.
+    added = {n: m for n, m in compilation_config.static_forward_context.items() if n not in known}
+    moes = {n: m for n, m in added.items() if n in compilation_config.static_all_moe_layers}
+    dropped = None
+    if override.dropped and moes:
+        dropped = _drop_feed_forward(layer, added, moes, compilation_config)
+    counts = () if dropped else tuple(moe.moe_config.num_logical_experts for moe in moes.values())
+    return layer, BuiltLayer(dropped, counts, reads.per_layer_config)
+
+
+def _drop_feed_forward(
+    layer: nn.Module,
+    added: dict[str, nn.Module],
+    moes: dict[str, nn.Module],
+    compilation_config: CompilationConfig,
+) -> str | None:
+    """Replace the largest part of `layer` that holds the MoE and no attention; returns its name."""
+    others = {id(m) for n, m in added.items() if n not in moes}
+    inside = {id(m) for m in moes.values()}
+    name = _widest_part(layer, inside, others)
+    if name is None:
+        return None
+    feed_forward = layer.get_submodule(name)
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, DroppedFeedForward())
+    for registered in moes:
+        del compilation_config.static_forward_context[registered]
+        compilation_config.static_all_moe_layers.remove(registered)
+    # The modules reference each other in cycles; free the memory now, not when the collector next runs.
+    for tensor in feed_forward.parameters():
+        tensor.data = tensor.data.new_empty(0)
+    return name
+
+
+def _widest_part(layer: nn.Module, inside: set[int], others: set[int]) -> str | None:
+    for name, part in layer.named_modules():
+        held = {id(m) for m in part.modules()}
+        if name and inside <= held and not others & held:
+            return name
+    return None

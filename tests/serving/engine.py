@@ -1,0 +1,109 @@
+"""Scores prompts with real vLLM, which runs in its own environment, and with transformers, for comparison."""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+ROOT = pathlib.Path(__file__).parents[2]
+PYTHON = pathlib.Path(os.environ.get("VLLM_TEST_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+RUNNER = pathlib.Path(__file__).with_name("runner.py")
+
+# What worked for vLLM on a CPU; none of it is needed to serve on a GPU.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+
+# vLLM 0.32 computes these rotary embeddings wrong on a CPU with its custom operator;
+# test_engine_limits.py shows it on untouched models.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {"compilation_config": {"custom_ops": ["none"]}},
+    "deepseek_v3": {
+        "compilation_config": {
+            "custom_ops": ["all", "-rotary_embedding", "-deepseek_scaling_rotary_embedding"]
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one checkpoint gave: log-probabilities per prompt (of every token but the first), or the error."""
+
+    logprobs: list[list[float]] | None = None
+    error: str | None = None
+
+    def difference(self, reference: Sequence[Sequence[float]]) -> float:
+        """Largest absolute difference to `reference`; NaN counts as infinite. Asserts that there is no error."""
+        assert self.logprobs is not None, self.error
+        ours, theirs = torch.tensor(self.logprobs), torch.tensor(reference)
+        return (ours - theirs).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def vllm_logprobs(
+    checkpoints: Sequence[pathlib.Path],
+    prompts: Sequence[Sequence[int]],
+    *,
+    plugin: bool = True,
+    poison: bool = True,
+    unpack_experts: bool = False,
+    multiprocessing: bool = False,
+    known_settings: bool = True,
+    timeout: float = 1800,
+    **options: Any,
+) -> list[Result]:
+    """Score `prompts` (equally long) with vLLM for each checkpoint, all in one process; results in order.
+
+    `plugin=False` hides every general plugin from vLLM. `unpack_experts` serves packed int4 experts
+    through vLLM's unquantized MoE, as a CPU has no kernel for them. `multiprocessing` runs engine and
+    workers in processes of their own. `options` go to `vllm.LLM`, over the settings that an architecture
+    is known to need here.
+    """
+    jobs = [
+        {
+            "model": str(path),
+            "prompts": [list(p) for p in prompts],
+            "options": (_known_settings(path) if known_settings else {}) | options,
+        }
+        for path in checkpoints
+    ]
+    request = {"poison": poison, "unpack_experts": unpack_experts, "jobs": jobs}
+    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing))}
+    if not plugin:
+        environment["VLLM_PLUGINS"] = ""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = pathlib.Path(folder, "request.json"), pathlib.Path(folder, "results.json")
+        asked.write_text(json.dumps(request))
+        command = [PYTHON, RUNNER, asked, answered]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        results = json.loads(answered.read_text()) if answered.exists() else []
+    died = f"vLLM's process ended with code {run.returncode}:\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}"
+    missing = [{"error": died}] * (len(jobs) - len(results))
+    return [Result(**result) for result in results + missing]
+
+
+def _known_settings(checkpoint: pathlib.Path) -> dict[str, Any]:
+    model_type = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    return dict(SETTINGS.get(model_type, {}))
+
+
+@torch.no_grad()
+def transformers_logprobs(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The same log-probabilities by a transformers model: every token but the first, per prompt."""
+    tokens = torch.tensor([list(p) for p in prompts])
+    scores = model(tokens, use_cache=False).logits.float().log_softmax(-1)
+    return scores[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1).tolist()

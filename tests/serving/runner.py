@@ -1,0 +1,78 @@
+"""Runs in vLLM's own environment: loads checkpoints one after the other and scores prompts with each.
+
+Reads a JSON request from the file named by the first argument and writes the results, after every
+checkpoint, to the file named by the second:
+
+    request   {"poison": bool, "unpack_experts": bool, "jobs": [{"model", "prompts", "options"}, ...]}
+    results   [{"logprobs": [[float, ...], ...]} | {"error": str}, ...]
+
+`options` go to `vllm.LLM`; a prompt is a list of token ids, its log-probabilities those of every token
+but the first.
+"""
+
+import gc
+import json
+import pathlib
+import sys
+import traceback
+from typing import Any
+
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "seed": 0,
+}
+
+
+def poison_fresh_memory() -> None:
+    """Fill uninitialised memory with NaN: weights that were never loaded must not pass as zeros."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def score(model: str, prompts: list[list[int]], options: dict[str, Any]) -> list[list[float]]:
+    """Log-probability of every prompt token but the first, per prompt."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(model=model, **DEFAULTS | options)
+    try:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(p[1:], out.prompt_logprobs[1:], strict=True)]
+            for p, out in zip(prompts, outputs, strict=True)
+        ]
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def main(request_path: str, results_path: str) -> None:
+    """Work through the request; a job that fails leaves its error text and the next one starts."""
+    request = json.loads(pathlib.Path(request_path).read_text())
+    if request["poison"]:
+        poison_fresh_memory()
+    if request["unpack_experts"]:
+        from expert_shim import serve_packed_experts_unpacked
+
+        serve_packed_experts_unpacked()
+    results: list[dict[str, Any]] = []
+    for job in request["jobs"]:
+        try:
+            results.append({"logprobs": score(job["model"], job["prompts"], job["options"])})
+        except BaseException:
+            results.append({"error": traceback.format_exc()})
+        pathlib.Path(results_path).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
