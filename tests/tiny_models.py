@@ -55,7 +55,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "enable_moe_block": True,
         "global_head_dim": 32,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCAB,
         "layer_types": lambda n: cycle(("sliding_attention", "full_attention"), n),
     },
@@ -74,8 +74,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": lambda n: cycle(("linear_attention", "deepseek_sparse_attention"), n),
     },
     "granitemoehybrid": {"layer_types": lambda n: cycle(("linear_attention", "full_attention"), n)},
-    "inkling_text": {"logits_mup_width_multiplier": 1.0, "d_rel": 8, "rel_extent": 64},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_dt_rank": 8},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0, "d_rel": 12, "rel_extent": 64},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_dt_rank": 12},
     "kimi_linear": {"layer_types": lambda n: cycle(("linear_attention", "full_attention"), n)},
     "lfm2_moe": {"layer_types": lambda n: cycle(("conv", "full_attention"), n)},
     "llama4_text": {
@@ -91,7 +91,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "layer_types": lambda n: cycle(("linear_attention", "qwen_sparse_attention"), n),
         "hc_count": 2,
-        "hc_lowrank": 8,
+        "hc_lowrank": 12,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 32,

@@ -18,12 +18,12 @@ class SkippedMoE(nn.Module):
     """Returns zeros in place of an MoE layer that is gone: nothing is added to the residual stream.
 
     It has no parameters, so a checkpoint holds none for it. Where the MoE layer returned a pair, so does this;
-    where the pair's second value is a state that the family hands from one MoE layer to the next, that state goes
-    through unchanged.
+    where the pair's second value is a state that the family hands from one MoE layer to the next, that state
+    goes through unchanged.
 
     :param pair: return ``(zeros, second)`` instead of ``zeros``
-    :param state: name and position, among the arguments after the hidden states, of the state that is handed on
-        as ``second``; without one ``second`` is None
+    :param state: name and position, among the arguments after the hidden states, of the state that is
+        handed on as ``second``; without one ``second`` is None
     """
 
     def __init__(self, pair: bool = False, state: tuple[str, int] | None = None):
@@ -66,7 +66,7 @@ def returns_pair(moe_cls: type[nn.Module]) -> bool:
 
 
 def state_argument(moe_cls: type[nn.Module]) -> tuple[str, int] | None:
-    """Name and position (after the hidden states) of an argument that an MoE layer returns as its second value.
+    """Name and position (after the hidden states) of an argument that is an MoE layer's second return value.
 
     Such a value is a state that the next MoE layer takes up, as ZAYA's routers do; scores that are merely
     reported are no argument of the forward.
