@@ -40,20 +40,30 @@ def poison_fresh_memory() -> None:
 def score(model: str, prompts: list[list[int]], options: dict[str, Any]) -> list[list[float]]:
     """Log-probability of every prompt token but the first, per prompt."""
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(model=model, **DEFAULTS | options)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    return [
+        [entry[token].logprob for token, entry in zip(p[1:], out.prompt_logprobs[1:], strict=True)]
+        for p, out in zip(prompts, outputs, strict=True)
+    ]
+
+
+def attempt(job: dict[str, Any]) -> dict[str, Any]:
+    """One result: the scores, or the text of whatever went wrong."""
     try:
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        return [
-            [entry[token].logprob for token, entry in zip(p[1:], out.prompt_logprobs[1:], strict=True)]
-            for p, out in zip(prompts, outputs, strict=True)
-        ]
-    finally:
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        return {"logprobs": score(job["model"], job["prompts"], job["options"])}
+    except BaseException:
+        return {"error": traceback.format_exc()}
+
+
+def clean_up() -> None:
+    """Let go of the last engine, which shuts its process group down, before the next one makes its own."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def main(request_path: str, results_path: str) -> None:
@@ -67,10 +77,8 @@ def main(request_path: str, results_path: str) -> None:
         serve_packed_experts_unpacked()
     results: list[dict[str, Any]] = []
     for job in request["jobs"]:
-        try:
-            results.append({"logprobs": score(job["model"], job["prompts"], job["options"])})
-        except BaseException:
-            results.append({"error": traceback.format_exc()})
+        results.append(attempt(job))
+        clean_up()
         pathlib.Path(results_path).write_text(json.dumps(results))
 
 

@@ -9,6 +9,8 @@ loads it in every process; a checkpoint without `per_layer_config` never meets i
     config_view.py  lets one config answer for one layer while that layer is built
     layers.py       builds a layer by its override: its own expert count, or no feed-forward
     building.py     builds a model by a plan and verifies that every override was applied
+    latent_attention.py
+                    lets vLLM summarize such a config where attention is multi-head latent
     patching.py     puts wrappers in the place of vLLM's functions
     plugin.py       the entry point
 """

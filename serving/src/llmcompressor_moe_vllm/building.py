@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llmcompressor_moe_vllm.config_view import allow_global_reads, forbid_global_reads
+from llmcompressor_moe_vllm.config_view import allow_global_reads, global_reads_allowed
 from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer
 from llmcompressor_moe_vllm.overrides import LayerOverride, Plan, UnsupportedOverrideError, read_plan
 
@@ -74,19 +74,15 @@ def wrap_initialize_model(initialize_model: Callable[..., nn.Module]) -> Callabl
             return initialize_model(vllm_config, model_config=model_config, **kwargs)
         refuse_settings(vllm_config, plan)
         build = Build(plan, text_config.num_hidden_layers)
-        configs = [config for config in (source.hf_config, text_config) if config.is_heterogeneous]
-        for config in configs:
-            allow_global_reads(config)
         token = _current.set(build)
         try:
-            model = initialize_model(vllm_config, model_config=model_config, **kwargs)
-            verify(build, type(model).__name__, _owned_layers(text_config.num_hidden_layers))
-        except BaseException:
-            for config in configs:
-                forbid_global_reads(config)
-            raise
+            with global_reads_allowed(source.hf_config, text_config):
+                model = initialize_model(vllm_config, model_config=model_config, **kwargs)
         finally:
             _current.reset(token)
+        verify(build, type(model).__name__, _owned_layers(build.num_layers))
+        # For the weight loaders, which size their tables by the global count.
+        allow_global_reads(source.hf_config, text_config)
         return model
 
     return initialize_planned_model

@@ -43,15 +43,23 @@ def layer_view(values: Mapping[str, Any]) -> Iterator[Reads]:
         PreTrainedConfig.__getattribute__ = plain
 
 
-def allow_global_reads(config: PreTrainedConfig) -> None:
+def allow_global_reads(*configs: PreTrainedConfig) -> None:
     """Allow reads of the global value, the largest of all layers', outside of layers.
 
-    Models size their weight loaders' tables by it. Set in this process only, where the overrides are being
-    verified; never written to a checkpoint.
+    Models size their weight loaders' tables by it. Set on configs in this process only; nothing writes them.
     """
-    config.allow_global_per_layer_attribute_access = True
+    for config in configs:
+        if config.is_heterogeneous:
+            config.allow_global_per_layer_attribute_access = True
 
 
-def forbid_global_reads(config: PreTrainedConfig) -> None:
-    """Undo `allow_global_reads`."""
-    config.allow_global_per_layer_attribute_access = False
+@contextmanager
+def global_reads_allowed(*configs: PreTrainedConfig) -> Iterator[None]:
+    """Allow such reads inside the block."""
+    before = [(config, config.allow_global_per_layer_attribute_access) for config in configs]
+    allow_global_reads(*configs)
+    try:
+        yield
+    finally:
+        for config, allowed in before:
+            config.allow_global_per_layer_attribute_access = allowed

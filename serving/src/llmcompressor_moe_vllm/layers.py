@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from vllm.config import CompilationConfig
 
 from llmcompressor_moe_vllm.config_view import layer_view
 from llmcompressor_moe_vllm.overrides import LayerOverride
+
+if TYPE_CHECKING:
+    from vllm.config import CompilationConfig
 
 
 class DroppedFeedForward(nn.Module):
@@ -32,7 +35,7 @@ class BuiltLayer:
 
 
 def build_layer(
-    make: Callable[[], nn.Module], override: LayerOverride, compilation_config: CompilationConfig
+    make: Callable[[], nn.Module], override: LayerOverride, compilation_config: "CompilationConfig"
 ) -> tuple[nn.Module, BuiltLayer]:
     """Call `make` so that the layer comes out as `override` says.
 
@@ -56,7 +59,7 @@ def _drop_feed_forward(
     layer: nn.Module,
     added: dict[str, nn.Module],
     moes: dict[str, nn.Module],
-    compilation_config: CompilationConfig,
+    compilation_config: "CompilationConfig",
 ) -> str | None:
     """Replace the largest part of `layer` that holds the MoE and no attention; returns its name."""
     others = {id(m) for n, m in added.items() if n not in moes}

@@ -113,7 +113,7 @@ def _read_layer(
 
 def _check_count(index: int, name: str, value: Any, layer: "PreTrainedConfig", largest: Any) -> None:
     where = f"Layer {index}: `{name}` is {value!r}"
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or value < 1:
         raise UnsupportedOverrideError(
             f'{where}, which is no expert count. A layer without its MoE has `"skip": ["{SKIPPABLE}"]` too.'
         )

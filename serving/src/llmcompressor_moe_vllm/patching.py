@@ -8,13 +8,14 @@ from typing import Any
 _MARK = "__llmcompressor_moe_wraps__"
 
 
-def wrap_everywhere(home: ModuleType, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+def wrap_everywhere(home: ModuleType | type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     """Replace `home.name` by `wrapper(home.name)`, once, there and in every module that imported it."""
     original = getattr(home, name)
     if hasattr(original, _MARK):
         return
     wrapped = wrapper(original)
     setattr(wrapped, _MARK, original)
+    setattr(home, name, wrapped)
     for module in list(sys.modules.values()):
         if _namespace(module).get(name) is original:
             setattr(module, name, wrapped)

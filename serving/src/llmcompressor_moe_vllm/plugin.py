@@ -6,7 +6,7 @@ logger = logging.getLogger("vllm.llmcompressor_moe")
 
 
 def register() -> None:
-    """Wrap the two functions of vLLM that build models. Calling it again changes nothing.
+    """Wrap the functions of vLLM that build models. Calling it again changes nothing.
 
     A vLLM without these functions is left alone, with a warning: it refuses checkpoints with differing
     layers itself, and must still serve all others.
@@ -14,13 +14,16 @@ def register() -> None:
     try:
         from vllm.model_executor.model_loader import utils as loading
         from vllm.model_executor.models import utils as models
+        from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
         from llmcompressor_moe_vllm.building import wrap_initialize_model, wrap_make_layers
+        from llmcompressor_moe_vllm.latent_attention import wrap_convert
         from llmcompressor_moe_vllm.patching import wrap_everywhere
 
         targets = [
             (models, "make_layers", wrap_make_layers),
             (loading, "initialize_model", wrap_initialize_model),
+            (ModelArchConfigConvertorBase, "convert", wrap_convert),
         ]
         for home, name, _ in targets:
             getattr(home, name)

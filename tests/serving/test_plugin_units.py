@@ -1,0 +1,254 @@
+"""The plugin's parts that need no vLLM."""
+
+import copy
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from llmcompressor_moe_vllm.building import Build, refuse_settings, verify
+from llmcompressor_moe_vllm.config_view import allow_global_reads, global_reads_allowed, layer_view
+from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer
+from llmcompressor_moe_vllm.overrides import LayerOverride, UnsupportedOverrideError, read_plan
+from llmcompressor_moe_vllm.patching import wrap_everywhere
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+
+
+def mixtral(per_layer_config: dict[str, Any] | None, **values: Any) -> Any:
+    sizes = {"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
+    return CONFIG_MAPPING["mixtral"](**sizes | values, per_layer_config=per_layer_config)
+
+
+class TestReadPlan:
+    def test_dropped_moe_and_expert_count(self):
+        config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}, "3": {"num_local_experts": 5}})
+        assert read_plan(config) == {
+            1: LayerOverride(dropped=True),
+            3: LayerOverride(num_experts=5, values={"num_local_experts": 5}),
+        }
+
+    def test_nothing_differs(self):
+        assert read_plan(mixtral(None)) == {}
+        assert read_plan(mixtral({"2": {"num_local_experts": 8}})) == {}
+
+    def test_differences_that_do_not_concern_experts_are_left_alone(self):
+        assert read_plan(mixtral({"2": {"head_dim": 16}}, head_dim=32)) == {}
+
+    def test_alias_is_read_as_the_attribute_it_stands_for(self):
+        class_ = CONFIG_MAPPING["deepseek_v3"]
+        alias = next(a for a, target in class_.attribute_map.items() if target == "n_routed_experts")
+        config = class_(
+            num_hidden_layers=4, n_routed_experts=8, num_experts_per_tok=2, per_layer_config={2: {alias: 4}}
+        )
+        assert read_plan(config) == {2: LayerOverride(num_experts=4, values={"n_routed_experts": 4})}
+
+    def test_attribute_that_is_no_expert_count_is_kept_apart(self):
+        config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}, "2": {"intermediate_size": 32}})
+        assert read_plan(config)[2] == LayerOverride(foreign={"intermediate_size": 32})
+
+    @pytest.mark.parametrize(
+        ("override", "complaint"),
+        [
+            ({"skip": ["attention"]}, r"Layer 2: `skip` names \['attention'\]"),
+            (
+                {"skip": ["attention", "mlp"], "num_local_experts": 0},
+                r"Layer 2: `skip` names \['attention'\]",
+            ),
+            ({"num_local_experts": 0}, r"Layer 2: `num_local_experts` is 0, which is no expert count"),
+            ({"num_local_experts": 9}, r"Layer 2: `num_local_experts` is 9, more than the global value 8"),
+            ({"num_local_experts": 1}, r"Layer 2: `num_local_experts` is 1, fewer than the 2 experts"),
+        ],
+    )
+    def test_refused(self, override: dict[str, Any], complaint: str):
+        with pytest.raises(UnsupportedOverrideError, match=complaint):
+            read_plan(mixtral({"2": override}))
+
+    def test_transformers_that_does_not_know_the_format(self):
+        config = types.SimpleNamespace(per_layer_config={"2": {"num_local_experts": 5}})
+        with pytest.raises(UnsupportedOverrideError, match="Install transformers"):
+            read_plan(config)
+        assert read_plan(types.SimpleNamespace()) == {}
+
+
+class TestLayerView:
+    def test_answers_for_the_layer_also_through_copies_and_aliases(self):
+        config = CONFIG_MAPPING["deepseek_v3"](
+            num_hidden_layers=4, n_routed_experts=8, per_layer_config={2: {"n_routed_experts": 4}}
+        )
+        with layer_view({"n_routed_experts": 4}):
+            assert (
+                config.n_routed_experts
+                == config.num_local_experts
+                == copy.deepcopy(config).n_routed_experts
+                == 4
+            )
+
+    def test_config_refuses_again_afterwards_even_when_the_layer_raised(self):
+        config = mixtral({"2": {"num_local_experts": 5}})
+        with pytest.raises(ZeroDivisionError), layer_view({"num_local_experts": 5}):
+            raise ZeroDivisionError
+        with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+            _ = config.num_local_experts
+
+    def test_leaves_uniform_configs_alone(self):
+        with layer_view({"num_local_experts": 5}):
+            assert mixtral(None).num_local_experts == 8
+
+    def test_tells_whether_the_layer_asked_for_its_own_config(self):
+        config = mixtral({"2": {"num_local_experts": 5}})
+        with layer_view({"num_local_experts": 5}) as reads:
+            _ = config.num_local_experts
+            assert not reads.per_layer_config
+            assert config.per_layer_config[1].num_local_experts == 8
+        assert reads.per_layer_config
+
+    def test_global_reads_are_allowed_only_inside(self):
+        config = mixtral({"2": {"num_local_experts": 5}})
+        with global_reads_allowed(config, mixtral(None)):
+            assert config.num_local_experts == 8
+        with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+            _ = config.num_local_experts
+
+
+@dataclass
+class Registry:
+    """Stands for vLLM's CompilationConfig, in which layers register themselves."""
+
+    static_forward_context: dict[str, nn.Module] = field(default_factory=dict)
+    static_all_moe_layers: list[str] = field(default_factory=list)
+
+
+class Attention(nn.Module):
+    pass
+
+
+class Experts(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.moe_config = types.SimpleNamespace(num_logical_experts=count)
+        self.w13 = nn.Parameter(torch.ones(count, 4))
+
+
+def decoder_layer(
+    registry: Registry, prefix: str, config: Any, moe: bool = True, nested: bool = False
+) -> nn.Module:
+    layer, outer = nn.Module(), nn.Module()
+    layer.attn = Attention()
+    registry.static_forward_context[f"{prefix}.attn"] = layer.attn
+    layer.norm = nn.LayerNorm(4)
+    if moe:
+        layer.ffn = nn.Module()
+        layer.ffn.gate = nn.Linear(4, config.num_local_experts)
+        layer.ffn.experts = Experts(config.num_local_experts)
+        registry.static_forward_context[f"{prefix}.ffn.experts"] = layer.ffn.experts
+        registry.static_all_moe_layers.append(f"{prefix}.ffn.experts")
+    outer.block = layer
+    return outer if nested else layer
+
+
+class TestBuildLayer:
+    config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}, "3": {"num_local_experts": 5}})
+
+    def build(self, override: LayerOverride, **kwargs: bool) -> tuple[nn.Module, BuiltLayer, Registry]:
+        registry = Registry({"0.attn": Attention(), "0.ffn.experts": Experts(8)}, ["0.ffn.experts"])
+        config = copy.deepcopy(self.config)
+        allow_global_reads(config)
+        make = lambda: decoder_layer(registry, "1", config, **kwargs)  # noqa: E731
+        return *build_layer(make, override, registry), registry
+
+    def test_own_expert_count(self):
+        layer, built, _ = self.build(LayerOverride(num_experts=5, values={"num_local_experts": 5}))
+        assert layer.ffn.gate.out_features == 5
+        assert built == BuiltLayer(None, (5,), False)
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_dropped_feed_forward(self, nested: bool):
+        layer, built, registry = self.build(LayerOverride(dropped=True), nested=nested)
+        name = "block.ffn" if nested else "ffn"
+        assert built == BuiltLayer(name, (), False)
+        hidden = torch.randn(3, 4)
+        assert torch.equal(layer.get_submodule(name)(hidden, None, flag=True), torch.zeros(3, 4))
+        assert set(registry.static_forward_context) == {"0.attn", "0.ffn.experts", "1.attn"}
+        assert registry.static_all_moe_layers == ["0.ffn.experts"]
+        assert not [n for n, _ in layer.named_parameters() if "ffn" in n]
+
+    def test_layer_without_moe_is_returned_as_it_is(self):
+        layer, built, _ = self.build(LayerOverride(dropped=True), moe=False)
+        assert built == BuiltLayer(None, (), False)
+        assert not hasattr(layer, "ffn")
+
+
+class TestVerify:
+    whole = range(4)
+
+    def complaint(self, override: LayerOverride, *built: BuiltLayer) -> str:
+        with pytest.raises(UnsupportedOverrideError) as caught:
+            verify(Build({2: override}, 4, {2: list(built)} if built else {}), "SomeModel", self.whole)
+        return str(caught.value)
+
+    def test_all_applied(self):
+        plan = {
+            1: LayerOverride(dropped=True),
+            2: LayerOverride(num_experts=5, values={"num_local_experts": 5}),
+        }
+        done = {1: [BuiltLayer("mlp", (), False)], 2: [BuiltLayer(None, (5,), False)]}
+        verify(Build(plan, 4, done), "SomeModel", self.whole)
+
+    def test_layers_of_other_pipeline_ranks_are_theirs(self):
+        plan = {0: LayerOverride(dropped=True), 3: LayerOverride(dropped=True)}
+        done = {0: [BuiltLayer("mlp", (), False)]}
+        verify(Build(plan, 4, done), "SomeModel", range(0, 2))
+        with pytest.raises(UnsupportedOverrideError, match="Layer 3"):
+            verify(Build(plan, 4, done), "SomeModel", range(2, 4))
+
+    def test_layers_built_elsewhere(self):
+        complaint = self.complaint(LayerOverride(dropped=True))
+        assert "Layer 2" in complaint and "SomeModel does not build its layers through" in complaint
+
+    def test_count_that_the_layer_did_not_read(self):
+        override = LayerOverride(num_experts=5, values={"num_local_experts": 5})
+        assert "`num_local_experts: 5`" in self.complaint(override, BuiltLayer(None, (8,), False))
+        assert "no experts" in self.complaint(override, BuiltLayer(None, (), False))
+
+    def test_dense_layer_cannot_drop_a_moe(self):
+        assert "no MoE feed-forward" in self.complaint(
+            LayerOverride(dropped=True), BuiltLayer(None, (), False)
+        )
+
+    def test_attribute_that_only_an_architecture_knowing_the_format_can_honour(self):
+        override = LayerOverride(foreign={"head_dim": 16})
+        assert "`head_dim: 16`" in self.complaint(override, BuiltLayer(None, (8,), False))
+        verify(Build({2: override}, 4, {2: [BuiltLayer(None, (8,), True)]}), "SomeModel", self.whole)
+
+
+class TestRefuseSettings:
+    dropped: dict[int, LayerOverride] = {1: LayerOverride(dropped=True)}  # noqa: RUF012
+    counted: dict[int, LayerOverride] = {2: LayerOverride(num_experts=5)}  # noqa: RUF012
+
+    def settings(self, eplb: bool = False, expert_parallel: bool = False) -> Any:
+        parallel = types.SimpleNamespace(enable_eplb=eplb, enable_expert_parallel=expert_parallel)
+        return types.SimpleNamespace(parallel_config=parallel)
+
+    def test_load_balancing(self):
+        with pytest.raises(UnsupportedOverrideError, match=r"enable_eplb.*layers \[1\]"):
+            refuse_settings(self.settings(eplb=True), self.dropped)
+
+    def test_expert_parallelism_with_different_counts(self):
+        with pytest.raises(UnsupportedOverrideError, match=r"enable_expert_parallel.*layers \[2\]"):
+            refuse_settings(self.settings(expert_parallel=True), self.dropped | self.counted)
+        refuse_settings(self.settings(expert_parallel=True), self.dropped)
+        refuse_settings(self.settings(), self.counted)
+
+
+def test_wrapper_stands_wherever_the_function_was_imported(monkeypatch: pytest.MonkeyPatch):
+    home, user = types.ModuleType("home_of_f"), types.ModuleType("user_of_f")
+    home.f = user.f = lambda: 1
+    monkeypatch.setitem(sys.modules, "home_of_f", home)
+    monkeypatch.setitem(sys.modules, "user_of_f", user)
+    for _ in range(2):
+        wrap_everywhere(home, "f", lambda f: lambda: f() + 1)
+    assert home.f() == user.f() == 2
