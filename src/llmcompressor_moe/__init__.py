@@ -1,0 +1,14 @@
+"""Trim Mixture-of-Experts models with llm-compressor, and serve them with vLLM.
+
+Importing this package registers its modifiers, so that YAML recipes can name them.
+"""
+
+from llmcompressor.modifiers.factory import ModifierFactory
+
+from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.modifiers import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+
+__all__ = ["BlockDropModifier", "ExpertDropModifier", "LayerDropModifier", "load_trimmed_moe"]
+
+for _modifier in (BlockDropModifier, ExpertDropModifier, LayerDropModifier):
+    ModifierFactory.register(_modifier.__name__, _modifier)

@@ -1,0 +1,1 @@
+"""Checkpoints that say what they are: writing, naming, describing and reading them."""

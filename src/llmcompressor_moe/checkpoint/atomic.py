@@ -1,0 +1,85 @@
+"""Write a directory as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["OutputDirectoryError", "atomic_directory", "check_can_write"]
+
+# Files of an earlier checkpoint; everything else in the target (a tokenizer, notes) survives a save.
+_OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
+
+
+class OutputDirectoryError(OSError):
+    """The output directory cannot be written."""
+
+
+def check_can_write(target: str | Path) -> None:
+    """Make sure that a directory can be written before anything is computed for it.
+
+    :raises OutputDirectoryError: it is a file, or it or its parent is read-only
+    """
+    target = Path(target).absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputDirectoryError(f"output {str(target)!r} is a file; name a directory.")
+    parent = next(path for path in target.parents if path.exists())
+    for directory in [parent, *([target] if target.exists() else [])]:
+        probe = directory / f".write-test-{os.getpid()}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OutputDirectoryError(f"output {str(target)!r}: {str(directory)!r} cannot be written ({error.strerror}).") from error
+
+
+@contextlib.contextmanager
+def atomic_directory(target: str | Path) -> Iterator[Path]:
+    """A temporary sibling of ``target`` that takes its place when the context ends well, and goes when it does not.
+
+    :raises OutputDirectoryError: the target cannot be written
+    """
+    target = Path(target).absolute()
+    check_can_write(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.saving-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _keep_other_files(target, temporary)
+        _swap(temporary, target)
+    except OSError as error:
+        raise OutputDirectoryError(
+            f"Saving to {str(target)!r} failed ({error}); the directory is as it was before. Free space or choose another directory and "
+            "call save_pretrained again: the model is still in memory."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    for entry in old.iterdir() if old.exists() else ():
+        if (new / entry.name).exists() or entry.name.endswith(_OF_A_CHECKPOINT):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

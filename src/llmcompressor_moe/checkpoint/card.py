@@ -1,0 +1,60 @@
+"""The model card: what was done to which model, with the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from llmcompressor_moe.report import DropReport
+from llmcompressor_moe.surgery.config import per_layer_overrides
+
+__all__ = ["write_model_card"]
+
+
+def write_model_card(directory: Path, config: PreTrainedConfig, history: Sequence[DropReport], recipe: str) -> None:
+    """Write README.md into a checkpoint directory.
+
+    :param history: what each modifier did, in order
+    :param recipe: the recipe as YAML
+    """
+    base = history[0].base_model if history else ""
+    uniform = not per_layer_overrides(config)
+    name = Path(base).name or "a Mixture-of-Experts model"
+    lines = ["---"]
+    if base and not Path(base).is_absolute():
+        lines += [f"base_model: {base}"]
+    lines += ["library_name: transformers", "tags:", "- mixture-of-experts", "- llmcompressor", "- compressed", "---", ""]
+    lines += [f"# {name}, trimmed", "", f"Made from `{Path(base).name if Path(base).is_absolute() else base or name}` with "
+              "llm-compressor and llmcompressor-moe.", "", "## What was done", ""]  # fmt: skip
+    lines += [f"- {_describe(report)}" for report in history]
+    lines += ["", "`trimming.json` holds the scores and the original indices of everything that stayed.", "", "## Loading", ""]
+    if uniform:
+        lines += ["A plain checkpoint: transformers and vLLM load it as they load the base model."]
+    else:
+        lines += [
+            "Layers differ (`per_layer_config` in config.json), so readers need to know:",
+            "",
+            "- vLLM: install `llmcompressor-moe-vllm` beside it; nothing else changes.",
+            "- transformers: `with llmcompressor_moe.load_trimmed_moe(): AutoModelForCausalLM.from_pretrained(...)`.",
+            "",
+            "Without them, loading ends with an error rather than with random weights.",
+        ]
+    if recipe:
+        lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
+    (directory / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _describe(report: DropReport) -> str:
+    if isinstance(report.dropped, dict):
+        total = sum(map(len, report.dropped.values()))
+        lost = {len(experts) for experts in report.dropped.values()}
+        each = f"{lost.pop()} in each of {len(report.dropped)} layers" if len(lost) == 1 else "different numbers per layer"
+        what = f"{total} experts dropped ({each})"
+    else:
+        part = "blocks" if report.modifier.startswith("Block") else "MoE layers"
+        what = f"{len(report.dropped)} {part} dropped: {', '.join(map(str, report.dropped)) or 'none'}"
+    criterion = report.settings.get("criterion") or report.settings.get("metric")
+    chosen = f", chosen by {criterion} on {report.calibration['tokens']} tokens" if report.calibration else ""
+    return f"{report.modifier}: {what}{chosen}"

@@ -1,0 +1,7 @@
+"""llm-compressor modifiers: lifecycle only; they call profile, plan and surgery."""
+
+from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
+from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
+from llmcompressor_moe.modifiers.layer_drop import LayerDropModifier
+
+__all__ = ["BlockDropModifier", "ExpertDropModifier", "LayerDropModifier"]

@@ -1,0 +1,97 @@
+"""One forward pass over calibration data that gathers every statistic asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from torch import distributed as dist
+from transformers import PreTrainedModel
+
+from llmcompressor_moe.profile.data import Profile, Statistic
+from llmcompressor_moe.profile.forward import batch_mask, run_batches
+from llmcompressor_moe.profile.observers import BlockObserver, ExpertsObserver, RunObserver
+from llmcompressor_moe.topology import Topology
+
+__all__ = ["collect_profile"]
+
+
+def collect_profile(
+    model: PreTrainedModel,
+    topology: Topology,
+    batches: Iterable[dict[str, Any]],
+    statistics: Collection[Statistic],
+    *,
+    run_length: int | None = None,
+    skip_blocks: Collection[int] = (),
+    skip_layers: Collection[int] = (),
+) -> Profile:
+    """Run ``model`` once over ``batches`` and return its statistics, summed over all ranks.
+
+    :param topology: the model's topology, experts linearized
+    :param statistics: what to collect; nothing else costs anything
+    :param run_length: blocks per run for ``Statistic.RUN``
+    :param skip_blocks: blocks already dropped; they have no statistics and runs close over them
+    :param skip_layers: MoE layers already dropped
+    :raises FloatingPointError: activations are NaN or infinite
+    :raises ValueError: ``batches`` holds no token
+    """
+    wanted = set(statistics)
+    live = [block for block in topology.blocks if block.index not in set(skip_blocks)]
+    layers = [block for block in live if block.moe is not None and block.index not in set(skip_layers)]
+    blocks = BlockObserver(model, live, layers if Statistic.LAYER in wanted else [])
+    runs = RunObserver(model, live, run_length) if Statistic.RUN in wanted and run_length else None
+    experts = {}
+    if wanted & {Statistic.ROUTING, Statistic.OUTPUT, Statistic.REDUNDANCY}:
+        experts = {block.index: ExpertsObserver(model, block.moe, wanted) for block in layers}
+    observers = [*([blocks] if wanted & {Statistic.BLOCK, Statistic.LAYER} else []), *([runs] if runs else []), *experts.values()]
+    seen: dict[int, tuple[int, int]] = {}
+
+    def on_batch(index: int, batch: dict[str, Any]) -> None:
+        mask = batch_mask(batch)
+        ids = batch["input_ids"]
+        seen[index] = (ids.shape[0], int(mask.sum()) if mask is not None else ids.numel())
+        for observer in observers:
+            observer.start_batch(index, mask)
+
+    with _all(observers):
+        run_batches(model, batches, on_batch, "Profiling")
+    samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
+    samples, tokens = _sum_over_ranks(torch.tensor([samples, tokens], dtype=torch.float64)).long().tolist()
+    if not tokens:
+        raise ValueError("The calibration dataset is empty: pass `dataset=` with at least one tokenized sequence.")
+    for observer in observers:
+        for accumulator in observer.accumulators():
+            accumulator.copy_(_sum_over_ranks(accumulator))
+    profile = Profile(
+        num_tokens=tokens,
+        num_samples=samples,
+        block_similarity=blocks.block_similarity() if Statistic.BLOCK in wanted else {},
+        layer_similarity=blocks.layer_similarity() if Statistic.LAYER in wanted else {},
+        run_similarity=runs.similarity() if runs else {},
+        run_length=run_length if runs else None,
+        experts={index: observer.profile() for index, observer in experts.items()},
+    )
+    profile.check_finite()
+    return profile
+
+
+def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum an accumulator over all ranks; every rank gets the same numbers and so makes the same plan."""
+    if not is_distributed():
+        return values
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    total = values.to(device)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+@contextlib.contextmanager
+def _all(contexts: Iterable[contextlib.AbstractContextManager]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

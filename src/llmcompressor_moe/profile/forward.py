@@ -1,0 +1,123 @@
+"""Run a model over calibration batches once, whether it fits in memory or is offloaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
+from compressed_tensors.offload.cache.base import OffloadCache
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+from llmcompressor.utils.dev import get_main_device
+from llmcompressor.utils.helpers import (
+    DisableQuantization,
+    calibration_forward_context,
+    disable_cache,
+    disable_hf_kernels,
+    disable_lm_head,
+    eval_context,
+)
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+__all__ = ["batch_mask", "is_offloaded", "run_batches", "run_once"]
+
+Batch = dict[str, Any]
+BatchStart = Callable[[int, Batch], None]
+
+_TRACING_IGNORE = [
+    "_update_causal_mask",
+    "create_causal_mask",
+    "_update_mamba_mask",
+    "make_causal_mask",
+    "get_causal_mask",
+    "mask_interface",
+    "mask_function",
+    "_prepare_4d_causal_attention_mask",
+    "_prepare_fsmt_decoder_inputs",
+    "_prepare_4d_causal_attention_mask_with_cache_position",
+    "_update_linear_attn_mask",
+    "project_per_layer_inputs",
+    "_apply_attn_res",
+]
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether any module's weights live somewhere else than where they are used."""
+    caches = (module._parameters for module in model.modules())
+    return any(isinstance(cache, OffloadCache) and cache.offload_device != cache.onload_device for cache in caches)
+
+
+def batch_mask(batch: Batch) -> torch.Tensor | None:
+    """Boolean [batch, sequence]: True for tokens, False for padding; None when nothing is padded."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
+def run_batches(
+    model: PreTrainedModel, batches: Iterable[Batch], on_batch: BatchStart, description: str
+) -> None:
+    """One forward pass over ``batches`` that stops before the LM head.
+
+    Hooks of other modifiers stay silent. An offloaded model is run block by block over all batches, so that its
+    weights travel once and not once per batch.
+
+    :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(DisableQuantization(model))
+        if is_offloaded(model):
+            _run_block_by_block(model, list(batches), on_batch, description)
+        else:
+            stack.enter_context(_forward_context(model))
+            stack.enter_context(disable_lm_head(model))
+            device = get_execution_device(model)
+            for index, batch in enumerate(tqdm(batches, desc=description, leave=False)):
+                batch = _to_device(batch, device)
+                on_batch(index, batch)
+                model(**batch)
+
+
+def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits of one batch, [batch, sequence, vocabulary], with other modifiers' hooks silent."""
+    with HooksMixin.disable_hooks(), DisableQuantization(model), _forward_context(model):
+        return model(**_to_device(batch, get_execution_device(model))).logits
+
+
+@contextlib.contextmanager
+def _forward_context(model: PreTrainedModel) -> Iterator[None]:
+    with torch.no_grad(), disable_cache(model), eval_context(model), disable_hf_kernels(model):
+        yield
+
+
+def _run_block_by_block(
+    model: PreTrainedModel, batches: list[Batch], on_batch: BatchStart, description: str
+) -> None:
+    if not batches:
+        return
+    onload = get_main_device()
+    set_onload_device(model, onload)
+    subgraphs = trace_subgraphs(model, batches[0], infer_sequential_targets(model), _TRACING_IGNORE)
+    with calibration_forward_context(model):
+        activations = IntermediatesCache.from_dataloader(batches, onload, torch.device("cpu"))
+        for step, subgraph in enumerate(tqdm(subgraphs, desc=description, leave=False)):
+            last = step == len(subgraphs) - 1
+            with disable_offloading():
+                for index, batch in enumerate(batches):
+                    on_batch(index, batch)
+                    outputs = subgraph.forward(model, **activations.fetch(index, subgraph.input_names))
+                    if not last:
+                        activations.update(index, outputs)
+                        activations.delete(index, subgraph.consumed_names)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

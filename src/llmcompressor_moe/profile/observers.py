@@ -1,0 +1,325 @@
+"""Hooks that turn a forward pass into sums. One observer per kind of part."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from llmcompressor_moe.profile.data import ExpertProfile, Statistic
+from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
+from llmcompressor_moe.topology import Block, MoELayer, expert_modules
+
+__all__ = ["BlockObserver", "ExpertsObserver", "RunObserver"]
+
+# Redundancy runs every expert on the same tokens, so it looks at a sample of them.
+_REDUNDANCY_TOKENS_PER_BATCH = 16
+
+
+def first_tensor(values: Any) -> torch.Tensor:
+    """The first tensor in a module's arguments or output."""
+    if isinstance(values, torch.Tensor):
+        return values
+    return next(value for value in values if isinstance(value, torch.Tensor))
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block or an MoE layer."""
+    return first_tensor(args) if args else first_tensor([kwargs.get("hidden_states"), *kwargs.values()])
+
+
+def similarity_sum(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum over tokens of the cosine between two [batch, sequence, hidden] tensors, computed in fp32, summed in fp64."""
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+    if mask is not None and mask.numel() == cosine.numel():
+        cosine = cosine.reshape(-1)[mask.reshape(-1)]
+    return torch.stack([cosine.sum(dtype=torch.float64), torch.tensor(float(cosine.numel()), device=cosine.device)])
+
+
+class _Observer:
+    """Hooks that live as long as the context."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._mask: torch.Tensor | None = None
+        self._batch = 0
+
+    def start_batch(self, index: int, mask: torch.Tensor | None) -> None:
+        self._batch, self._mask = index, mask
+
+    def attach(self) -> list[RemovableHandle]:
+        raise TypeError(f"{type(self).__name__} attaches no hooks")
+
+    def accumulators(self) -> list[torch.Tensor]:
+        """Tensors to be summed over ranks, in an order that all ranks share."""
+        return []
+
+    def __enter__(self) -> None:
+        self._handles = self.attach()
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class BlockObserver(_Observer):
+    """Cosine of the residual stream over each block and over each MoE layer (arXiv 2406.02500, Layer and Block Drop).
+
+    The MoE layer's score compares x, the input of its norm, with y = x + MoE(norm(x)). y is the block's output; x is the
+    input of the norm whose output the MoE layer receives. A block that runs attention and MoE side by side has no such
+    x in its stream; there x is y minus the layer's output.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], layers: Sequence[Block]) -> None:
+        super().__init__()
+        self._modules = {block.index: model.get_submodule(block.name) for block in blocks}
+        self._moes = {
+            block.index: model.get_submodule(block.moe.module)
+            for block in layers
+            if block.moe is not None and not block.moe.inline
+        }
+        self._block_sums = {index: torch.zeros(2, dtype=torch.float64) for index in self._modules}
+        self._layer_sums = {index: torch.zeros(2, dtype=torch.float64) for index in self._moes}
+        self._input: torch.Tensor | None = None
+        self._norm: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._moe: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attach(self) -> list[RemovableHandle]:
+        handles = []
+        for index, block in self._modules.items():
+            handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._after_block(index)))
+            if index in self._moes:
+                handles.append(self._moes[index].register_forward_hook(self._after_moe, with_kwargs=True))
+                handles += [
+                    child.register_forward_hook(self._after_norm)
+                    for name, child in block.named_children()
+                    if "norm" in name
+                ]
+        return handles
+
+    def accumulators(self) -> list[torch.Tensor]:
+        return [*self._block_sums.values(), *self._layer_sums.values()]
+
+    def block_similarity(self) -> dict[int, float]:
+        return {index: _mean(sums) for index, sums in self._block_sums.items()}
+
+    def layer_similarity(self) -> dict[int, float]:
+        return {index: _mean(sums) for index, sums in self._layer_sums.items()}
+
+    def _before_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input, self._norm, self._moe = hidden_argument(args, kwargs), None, None
+
+    def _after_norm(self, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if self._moe is None:
+            self._norm = (first_tensor(args), output)
+
+    def _after_moe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        received = hidden_argument(args, kwargs)
+        before = received
+        if self._norm is not None and self._norm[1].data_ptr() == received.data_ptr():
+            before = self._norm[0]
+        self._moe = (before, first_tensor(output))
+
+    def _after_block(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            after = first_tensor(output)
+            self._block_sums[index] += similarity_sum(self._input, after, self._mask).cpu()
+            if self._moe is not None and index in self._layer_sums:
+                before, moe_output = self._moe
+                if before.data_ptr() == self._input.data_ptr():
+                    before = after - moe_output.reshape_as(after)
+                self._layer_sums[index] += similarity_sum(before.reshape_as(after), after, self._mask).cpu()
+            self._input = self._norm = self._moe = None
+
+        return hook
+
+
+class RunObserver(_Observer):
+    """Cosine of the residual stream over every run of ``length`` consecutive blocks."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], length: int) -> None:
+        super().__init__()
+        self._indices = [block.index for block in blocks]
+        self._modules = [model.get_submodule(block.name) for block in blocks]
+        self._length = length
+        self._sums = {
+            index: torch.zeros(2, dtype=torch.float64) for index in self._indices[: len(blocks) - length + 1]
+        }
+        # (position, batch) -> input of the block there; kept until the run that starts there has ended.
+        self._inputs: dict[tuple[int, int], torch.Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        handles = []
+        for position, module in enumerate(self._modules):
+            handles.append(module.register_forward_pre_hook(self._before(position), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after(position)))
+        return handles
+
+    def accumulators(self) -> list[torch.Tensor]:
+        return list(self._sums.values())
+
+    def similarity(self) -> dict[int, float]:
+        return {index: _mean(sums) for index, sums in self._sums.items()}
+
+    def _before(self, position: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._indices[position] in self._sums:
+                hidden = hidden_argument(args, kwargs)
+                # Block by block, all batches wait here at once: keep them off the accelerator.
+                waiting = any(batch != self._batch for _, batch in self._inputs)
+                self._inputs[position, self._batch] = hidden.cpu() if waiting else hidden
+
+        return hook
+
+    def _after(self, position: int) -> Any:
+        first = position - self._length + 1
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if first >= 0:
+                after = first_tensor(output)
+                before = self._inputs.pop((first, self._batch)).to(after.device)
+                sums = similarity_sum(before, after, self._mask).cpu()
+                self._sums[self._indices[first]] += sums
+
+        return hook
+
+
+class ExpertsObserver(_Observer):
+    """Routing and outputs of the experts of one MoE layer; runs them on routed tokens only."""
+
+    def __init__(self, model: nn.Module, moe: MoELayer, wanted: Collection[Statistic]) -> None:
+        super().__init__()
+        self._experts: LinearExperts2D = model.get_submodule(moe.experts)
+        self._router = model.get_submodule(moe.router) if moe.router else None
+        self._outputs = Statistic.OUTPUT in wanted
+        self._redundancy = Statistic.REDUNDANCY in wanted
+        self._softmax = False
+        count = moe.num_experts
+        self._sums = torch.zeros(5, count, dtype=torch.float64)
+        self._similarity = torch.zeros(count + 1, count, dtype=torch.float64)
+        self._device_sums: torch.Tensor | None = None
+
+    def attach(self) -> list[RemovableHandle]:
+        # An instance attribute shadows the method for the time of the pass and leaves the class alone.
+        self._own_forward = self._experts.__dict__.get("forward")
+        self._experts.forward = self._forward
+        return [self._router.register_forward_hook(self._after_router)] if self._router is not None else []
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        del self._experts.forward
+        if self._own_forward is not None:
+            self._experts.forward = self._own_forward
+
+    def accumulators(self) -> list[torch.Tensor]:
+        if self._device_sums is not None:
+            self._sums += self._device_sums.cpu()
+            self._device_sums = None
+        return [self._sums, self._similarity]
+
+    def profile(self) -> ExpertProfile:
+        tokens, gate, probability, norm, weighted = self._sums.tolist()
+        similarity = self._similarity[:-1] / self._similarity[-1].clamp(min=1)
+        return ExpertProfile(
+            routed_tokens=[int(count) for count in tokens],
+            gate_weight=gate,
+            routing_probability=probability if self._softmax else None,
+            output_norm=norm if self._outputs else None,
+            weighted_output_norm=weighted if self._outputs else None,
+            output_similarity=similarity.tolist() if self._redundancy else None,
+        )
+
+    def _accumulator(self, device: torch.device) -> torch.Tensor:
+        if self._device_sums is None:
+            self._device_sums = torch.zeros_like(self._sums, device=device)
+        return self._device_sums
+
+    def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        logits = _router_logits(output, self._sums.shape[1])
+        if logits is None or not _is_softmax_router(self._router):
+            return
+        self._softmax = True
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        probability = logits if _are_probabilities(logits) else logits.softmax(dim=-1)
+        keep = self._keep(len(probability))
+        if keep is not None:
+            probability = probability[keep]
+        self._accumulator(probability.device)[2] += probability.sum(dim=0, dtype=torch.float64)
+
+    def _keep(self, tokens: int) -> torch.Tensor | None:
+        mask = self._mask
+        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens = len(flat) if top_k_index is not None else len(flat) // self._sums.shape[1]
+        keep = self._keep(tokens)
+        accumulator = self._accumulator(flat.device)
+
+        def on_expert(index: int, chosen: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor) -> None:
+            if keep is not None:
+                kept = keep.to(chosen.device)[chosen]
+                chosen, weights, outputs = chosen[kept], weights[kept], outputs[kept]
+            accumulator[0, index] += len(chosen)
+            accumulator[1, index] += weights.sum(dtype=torch.float64)
+            if self._outputs:
+                norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+                accumulator[3, index] += norms.sum(dtype=torch.float64)
+                accumulator[4, index] += (weights.float() * norms).sum(dtype=torch.float64)
+
+        if top_k_index is not None:
+            result = routed_forward(self._experts, flat, top_k_index, top_k_weights, on_expert)
+            result = result.reshape_as(hidden_states)
+            sample = flat
+        else:
+            result = scattered_forward(self._experts, flat, on_expert).reshape_as(hidden_states)
+            sample = flat.view(self._sums.shape[1], tokens, -1).abs().amax(dim=0)
+        if self._redundancy:
+            self._compare(sample if keep is None else sample[keep.to(sample.device)])
+        return result
+
+    def _compare(self, tokens: torch.Tensor) -> None:
+        """Run all experts on an even sample of the batch's tokens and add up the cosines of their outputs."""
+        step = max(1, len(tokens) // _REDUNDANCY_TOKENS_PER_BATCH)
+        sample = tokens[::step][:_REDUNDANCY_TOKENS_PER_BATCH]
+        outputs = torch.stack([module(sample) for module in expert_modules(self._experts)]).float()
+        unit = torch.nn.functional.normalize(outputs, dim=-1)
+        cosines = torch.einsum("eth,fth->ef", unit, unit)
+        self._similarity[:-1] += cosines.double().cpu()
+        self._similarity[-1] += len(sample)
+
+
+def _mean(sums: torch.Tensor) -> float:
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
+
+
+def _router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
+    """Among a router's outputs, the scores of all experts: floating point, last dimension = number of experts."""
+    candidates = [output] if isinstance(output, torch.Tensor) else list(output)
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
+            return value
+    return None
+
+
+def _are_probabilities(scores: torch.Tensor) -> bool:
+    return bool((scores >= 0).all()) and bool(torch.allclose(scores.sum(-1), scores.new_ones(()), atol=1e-3))
+
+
+def _is_softmax_router(router: nn.Module) -> bool:
+    """Softmax over all experts, as in Mixtral and Qwen2-MoE; group-limited and sigmoid routers (DeepSeek) are not."""
+    if hasattr(router, "num_group"):
+        return False
+    source = inspect.getsource(type(router).forward)
+    return "sigmoid" not in source

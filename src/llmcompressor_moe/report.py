@@ -1,0 +1,77 @@
+"""The record of one drop: what was scored, what went, what stayed. It is also the plan that can be applied again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["DropReport", "PlanFileError"]
+
+
+class PlanFileError(ValueError):
+    """A saved plan cannot be used here."""
+
+
+class DropReport(BaseModel):
+    """Report of one modifier. Keys and indices are those of the model as it came into the recipe.
+
+    :param modifier: class name of the modifier
+    :param scores: block index -> score, or -> one score per expert; null where there is none
+    :param dropped: block indices, or block index -> dropped experts
+    :param kept: the same for what stays
+    :param base_model: name or path of the model
+    :param model_type: ``model_type`` of its text config
+    :param num_blocks: blocks that the model came with
+    :param num_experts: block index -> experts that the model came with
+    :param settings: the modifier's fields, as given
+    :param calibration: tokens and sequences behind the scores; null when no data was used
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    modifier: str
+    scores: dict[int, float | None | list[float | None]]
+    dropped: list[int] | dict[int, list[int]]
+    kept: list[int] | dict[int, list[int]]
+    base_model: str = ""
+    model_type: str = ""
+    num_blocks: int = 0
+    num_experts: dict[int, int] = {}
+    settings: dict[str, Any] = {}
+    calibration: dict[str, int] | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DropReport:
+        """Read a report, edited by hand or not.
+
+        :raises PlanFileError: the file is missing or not a report; says what is wrong
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text())
+        except OSError as error:
+            raise PlanFileError(f"plan_path={str(path)!r} cannot be read: {error}.") from error
+        except ValidationError as error:
+            raise PlanFileError(f"plan_path={str(path)!r} is not a saved plan: {error}") from error
+
+    def check_fits(self, modifier: str, model_type: str, num_blocks: int, num_experts: dict[int, int]) -> None:
+        """Make sure that this plan was made by this kind of modifier for such a model.
+
+        :raises PlanFileError: names what differs
+        """
+        for name, ours, theirs in (
+            ("modifier", self.modifier, modifier),
+            ("model_type", self.model_type, model_type),
+            ("num_blocks", self.num_blocks, num_blocks),
+            ("num_experts", self.num_experts, num_experts),
+        ):
+            if ours and ours != theirs:
+                raise PlanFileError(f"The plan was made for another model or modifier: its {name} is {ours!r}, here it is {theirs!r}.")

@@ -1,0 +1,114 @@
+"""Remove what was bypassed, renumber the rest, and make the config agree with what is there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+
+import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.surgery.config import describe_layers, keep_blocks, switch_off_mtp
+from llmcompressor_moe.surgery.skipped import SkippedMoE
+from llmcompressor_moe.topology import Topology, find_topology, text_config
+
+__all__ = ["ConfigCannotSayError", "check_blocks_can_go", "remove_blocks", "skip_layers", "sync_config"]
+
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+
+class ConfigCannotSayError(ValueError):
+    """The architecture's config has no way to describe the model that a drop would leave."""
+
+
+def remove_blocks(model: PreTrainedModel, stack: str, dropped: set[int]) -> None:
+    """Take blocks out of the stack, renumber the rest (attention's ``layer_idx`` as well) and rewrite the config."""
+    if not dropped:
+        return
+    parent, _, name = stack.rpartition(".")
+    blocks = list(model.get_submodule(stack))
+    kept = [index for index in range(len(blocks)) if index not in dropped]
+    for new, old in enumerate(kept):
+        _renumber(blocks[old], old, new)
+    setattr(model.get_submodule(parent), name, nn.ModuleList([blocks[index] for index in kept]))
+    keep_blocks(model.config, kept)
+
+
+def _renumber(block: nn.Module, old: int, new: int) -> None:
+    for module in block.modules():
+        for name in _INDEX_NAMES:
+            if module.__dict__.get(name) == old:
+                setattr(module, name, new)
+
+
+def skip_layers(model: PreTrainedModel, topology: Topology, layers: Collection[int]) -> None:
+    """Replace MoE layers by modules without parameters that add nothing to the residual stream."""
+    for index in layers:
+        block = topology.blocks[index]
+        moe = model.get_submodule(block.moe.module)
+        model.set_submodule(block.moe.module, SkippedMoE.for_module(moe, model.get_submodule(block.name)))
+
+
+def sync_config(model: PreTrainedModel) -> None:
+    """Write into the config what the model's modules are: expert counts, skipped layers, no MTP layers."""
+    topology = find_topology(model)
+    counts = {index: moe.num_experts for index, moe in topology.moe_layers.items()}
+    for block in topology.blocks:
+        if any(isinstance(child, SkippedMoE) for child in model.get_submodule(block.name).children()):
+            counts[block.index] = 0
+    describe_layers(model.config, counts)
+    for name in switch_off_mtp(model.config):
+        logger.warning(
+            f"{name} is set to 0: the multi-token-prediction layers were not loaded, so they could not be trimmed like the rest. "
+            "Speculative decoding with them is off."
+        )
+
+
+def check_blocks_can_go(model: PreTrainedModel, stack: str, dropped: set[int]) -> None:
+    """Make sure that the config can describe the model without these blocks, without touching the model.
+
+    The model that the new config builds (on the meta device) must have, block by block, the modules, shapes and settings of the
+    blocks that stay: a sliding-window pattern that is a period, say, no longer fits after one block is gone.
+
+    :raises ConfigCannotSayError: names the first block and setting that would come out different
+    """
+    config = copy.deepcopy(model.config)
+    blocks = list(model.get_submodule(stack))
+    kept = [index for index in range(len(blocks)) if index not in dropped]
+    keep_blocks(config, kept)
+    text_config(config).use_cache = True
+    with load_trimmed_moe(), torch.device("meta"):
+        twin = type(model)._from_config(config)
+    for new, old in enumerate(kept):
+        theirs, ours = _settings(twin.get_submodule(stack)[new]), _settings(blocks[old])
+        for key in sorted(theirs):
+            if theirs[key] != ours.get(key):
+                raise ConfigCannotSayError(
+                    f"Blocks {sorted(dropped)} cannot be dropped from a {text_config(config).model_type!r} model: block {old} would become "
+                    f"block {new}, where its config makes {key} = {theirs[key]!r} instead of {ours.get(key)!r}. Choose other blocks "
+                    "(`protect`, `blocks`) so that the pattern stays whole."
+                )
+
+
+def _settings(block: nn.Module) -> dict[str, object]:
+    """Plain settings and parameter shapes of a block, its experts and skipped layers left out."""
+    found: dict[str, object] = {}
+    for path, module in _outside_experts(block):
+        found[path] = type(module).__name__
+        for name, value in module.__dict__.items():
+            if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in _INDEX_NAMES:
+                found[f"{path}.{name}"] = value
+    ignored = ("training", "num_experts", "num_local_experts", "n_routed_experts", "out_features")
+    return {key: value for key, value in found.items() if not key.endswith(ignored)}
+
+
+def _outside_experts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    for name, child in module.named_children():
+        is_experts = isinstance(child, LinearExperts2D) or name == "experts"
+        if not is_experts and not isinstance(child, SkippedMoE):
+            yield from _outside_experts(child, f"{path}.{name}" if path else name)

@@ -1,0 +1,123 @@
+"""Put linearized experts back into the family's own fused module."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from compressed_tensors.offload import align_modules, get_cache_init_kwargs, offload_module
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
+
+__all__ = ["repack_experts"]
+
+
+@torch.no_grad()
+def repack_experts(model: PreTrainedModel) -> list[str]:
+    """Replace every linearized experts module without quantized weights by the family's fused one, in place.
+
+    A model that is not quantized is then what stock transformers builds: it runs on the fast fused kernels, and `save_pretrained`
+    writes the checkpoint names of its family. Experts that upstream loaded as single Linears from the start keep those: their names
+    are the family's own already.
+
+    :return: paths of the modules that were replaced
+    """
+    replaced = []
+    for path, experts in get_linearized_moes(model):
+        fused_cls = _fused_class(experts)
+        if fused_cls is None or _is_quantized(experts):
+            continue
+        fused = _fuse(experts, fused_cls, text_config(model.config))
+        model.set_submodule(path, fused)
+        replaced.append(path)
+    return replaced
+
+
+def _fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
+    """The class the experts were linearized from; None when they never were fused."""
+    source = getattr(experts, "_source_experts_cls", None)
+    if source is not None:
+        return source
+    registered = {linear: fused for fused, linear in LinearExperts2D._registry.items()}
+    overrides_split = "from_experts_module" in type(experts).__dict__
+    return registered.get(type(experts)) if overrides_split else None
+
+
+def _is_quantized(experts: LinearExperts2D) -> bool:
+    return any(hasattr(module, "quantization_scheme") for module in experts.modules())
+
+
+def _fuse(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    modules = expert_modules(experts)
+    counts = {name: len(modules) for name in expert_count_attributes(config)}
+    with torch.device("meta"):
+        fused = fused_cls(_with_values(config, counts))
+    # Upstream's split reads these; the decorator of transformers sets them on most families, but not on all.
+    for flag in ("is_transposed", "has_bias"):
+        setattr(fused, flag, getattr(type(experts), flag))
+    with align_modules(list(experts.modules())):
+        for interleaved in (False, True):
+            _assign(fused, _stack(modules, interleaved=interleaved), transposed=fused.is_transposed)
+            if _splits_into(fused, modules[0]):
+                break
+        else:
+            raise TypeError(
+                f"{fused_cls.__name__} keeps gate and up projections in an order that this version of llmcompressor-moe does "
+                "not know; please report the model."
+            )
+    for name, buffer in fused.named_buffers():
+        if buffer.device.type == "meta":
+            raise TypeError(f"{fused_cls.__name__} has a buffer {name!r} that its experts cannot fill.")
+    fused.train(experts.training)
+    offload = get_cache_init_kwargs(experts)
+    if offload:
+        offload_module(fused, **offload)
+    return fused
+
+
+def _with_values(config: PreTrainedConfig, values: dict[str, int]) -> PreTrainedConfig:
+    """A shallow copy of a config with other plain values; a copy of one layer's view, so without per-layer rules."""
+    layer = copy.copy(config.per_layer_config[0] if config.is_heterogeneous else config)
+    for name, value in values.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def _stack(modules: list[nn.Module], *, interleaved: bool) -> dict[str, torch.Tensor]:
+    """Fused parameters [experts, out, in] (biases [experts, out]) in the untransposed layout."""
+    tensors = {}
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        if getattr(modules[0].down_proj, kind, None) is None:
+            continue
+        tensors[f"down_proj{suffix}"] = torch.stack([getattr(module.down_proj, kind) for module in modules])
+        up = torch.stack([getattr(module.up_proj, kind) for module in modules])
+        if not hasattr(modules[0], "gate_proj"):
+            tensors[f"up_proj{suffix}"] = up
+            continue
+        gate = torch.stack([getattr(module.gate_proj, kind) for module in modules])
+        both = torch.stack([gate, up], dim=2).flatten(1, 2) if interleaved else torch.cat([gate, up], dim=1)
+        tensors[f"gate_up_proj{suffix}"] = both
+    return tensors
+
+
+def _assign(fused: nn.Module, tensors: dict[str, torch.Tensor], *, transposed: bool) -> None:
+    for name, tensor in tensors.items():
+        value = tensor.transpose(1, 2).contiguous() if transposed and tensor.ndim == 3 else tensor
+        if value.shape != getattr(fused, name).shape:
+            raise TypeError(f"{type(fused).__name__}.{name} is {tuple(getattr(fused, name).shape)}, its experts give {tuple(value.shape)}.")
+        setattr(fused, name, nn.Parameter(value, requires_grad=getattr(fused, name).requires_grad))
+
+
+def _splits_into(fused: nn.Module, expert: nn.Module) -> bool:
+    """Whether upstream's own split of the fused module gives this, its first, expert back."""
+    probe = copy.deepcopy(expert)
+    for parameter in probe.parameters():
+        parameter.zero_()
+    probe.copy_from_experts_module(fused, 0)
+    return all(
+        torch.equal(ours, theirs) for ours, theirs in zip(probe.parameters(), expert.parameters(), strict=True)
+    )
