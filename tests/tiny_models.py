@@ -357,8 +357,8 @@ def tiny_config(
 def _randomize(model: PreTrainedModel, seed: int) -> None:
     """Fill every parameter and floating-point buffer that is saved so that each of them changes the output.
 
-    Matrices are normal with a standard deviation of 1.5 / sqrt(fan in) (0.19 at 64), norms are near one,
-    biases (a router's score correction among them) have a standard deviation of 0.1.
+    Matrices are normal with a standard deviation of 1.5 / sqrt(fan in) (0.19 at 64), norms and scales are
+    near one, biases (a router's score correction among them) have a standard deviation of 0.1.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(model.state_dict().items()):
@@ -370,7 +370,7 @@ def _randomize(model: PreTrainedModel, seed: int) -> None:
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.ndim >= 2:
             tensor.copy_(noise * 1.5 / min(tensor.shape[-1], tensor.shape[-2]) ** 0.5)
-        elif name.endswith("weight"):
+        elif name.endswith(("weight", "scale", "scalar")):
             tensor.copy_(1 + 0.1 * noise)
         else:
             tensor.copy_(0.1 * noise)

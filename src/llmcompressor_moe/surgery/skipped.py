@@ -17,9 +17,9 @@ __all__ = ["SkippedMoE", "returns_pair", "state_argument"]
 class SkippedMoE(nn.Module):
     """Returns zeros in place of an MoE layer that is gone: nothing is added to the residual stream.
 
-    It has no parameters, so a checkpoint holds none for it. Where the MoE layer returned a pair, so does this;
-    where the pair's second value is a state that the family hands from one MoE layer to the next, that state
-    goes through unchanged.
+    It has no parameters, so a checkpoint holds none for it. Where the MoE layer returned a pair, so does
+    this; where the pair's second value is a state that the family hands from one MoE layer to the next, that
+    state goes through unchanged.
 
     :param pair: return ``(zeros, second)`` instead of ``zeros``
     :param state: name and position, among the arguments after the hidden states, of the state that is
