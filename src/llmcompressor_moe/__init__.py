@@ -6,9 +6,11 @@ Importing this package registers its modifiers, so that YAML recipes can name th
 from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.linearize import register_linearizations
 from llmcompressor_moe.modifiers import BlockDropModifier, ExpertDropModifier, LayerDropModifier
 
 __all__ = ["BlockDropModifier", "ExpertDropModifier", "LayerDropModifier", "load_trimmed_moe"]
 
+register_linearizations()
 for _modifier in (BlockDropModifier, ExpertDropModifier, LayerDropModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -92,7 +92,17 @@ class ExpertDropModifier(TrimModifier):
             self._check_named(named)
         else:
             self._check_room()
-        self._check_reap(named)
+        uniform = self._is_uniform(named)
+        reason = exception_for(session.topology.model_type).refuse_uneven
+        if not uniform and reason is not None:
+            raise ValueError(
+                f"ExpertDropModifier must leave every layer of {session.topology.model_type!r} the same number of experts: {reason}."
+            )
+        if not uniform and any(isinstance(other, REAPPruningModifier) for other in self._later):
+            raise ValueError(
+                "REAPPruningModifier assumes the same number of experts in every layer, and this ExpertDropModifier leaves different "
+                "numbers. Put REAPPruningModifier before it, or use ExpertDropModifier(criterion='reap')."
+            )
 
     def _named(self) -> dict[int, list[int]] | None:
         return self.experts if self.plan_path is None else self._load_plan()
@@ -128,15 +138,13 @@ class ExpertDropModifier(TrimModifier):
         equal = {layer: [0.0] * room.num_experts for layer, room in rooms.items()}
         self._choose(equal, rooms)
 
-    def _check_reap(self, named: dict[int, list[int]] | None) -> None:
-        uniform = self.scope == "layer" and not self.protect
+    def _is_uniform(self, named: dict[int, list[int]] | None) -> bool:
+        """Whether every layer is left with the same number of experts."""
+        layers = self._session.layers
+        counts = {layer: self._session.layer(layer).num_experts for layer in layers}
         if named is not None:
-            uniform = set(named) == set(self._session.layers) and len({len(experts) for experts in named.values()}) == 1
-        if not uniform and any(isinstance(other, REAPPruningModifier) for other in self._later):
-            raise ValueError(
-                "REAPPruningModifier assumes the same number of experts in every layer, and this ExpertDropModifier leaves different "
-                "numbers. Put REAPPruningModifier before it, or use ExpertDropModifier(criterion='reap')."
-            )
+            return len({counts[layer] - len(named.get(layer, ())) for layer in layers}) == 1
+        return self.scope == "layer" and not self.protect and len(set(counts.values())) == 1
 
     def _layers(self) -> list[int]:
         return [layer for layer in self._session.layers if layer not in self.protect]

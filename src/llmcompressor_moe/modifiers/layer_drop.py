@@ -54,7 +54,8 @@ class LayerDropModifier(PartDropModifier):
         self._session.drop_layer(index)
 
     def _check_model(self, session: TrimSession) -> None:
-        reason = exception_for(session.topology.model_type).refuse_layer_drop
+        exception = exception_for(session.topology.model_type)
+        reason = exception.refuse_layer_drop or exception.refuse_uneven
         if reason is None and any(moe.inline for moe in session.topology.moe_layers.values()):
             reason = "its router and experts stand directly in the block, beside a dense layer, so there is no MoE layer to take out"
         if reason is not None:

@@ -27,7 +27,7 @@ _PREFIX_COUNTS = {
 _LAST_INDICES = {"moe_layer_end_index"}
 _BLOCK_COUNT = "num_hidden_layers"
 _MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-_NOT_PER_BLOCK = re.compile(r"token|section|architectures|keys_to_ignore|rope_(theta|scaling)|labels|languages")
+_NOT_PER_BLOCK = re.compile(r"token|section|architectures|keys_to_ignore|^rope_|labels|languages")
 
 
 def keep_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> None:
@@ -134,7 +134,8 @@ def switch_off_mtp(config: PreTrainedConfig) -> list[str]:
     transformers does not load those layers, so they cannot be trimmed with the rest; left as they are they would contradict it.
     """
     config = text_config(config)
-    switched = [name for name in _MTP if getattr(config, name, None)]
+    names = dict.fromkeys(config.attribute_map.get(name, name) for name in _MTP)
+    switched = [name for name in names if getattr(config, name, None)]
     for name in switched:
         setattr(config, name, 0)
     return switched

@@ -39,12 +39,7 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
 
 def _fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
     """The class the experts were linearized from; None when they never were fused."""
-    source = getattr(experts, "_source_experts_cls", None)
-    if source is not None:
-        return source
-    registered = {linear: fused for fused, linear in LinearExperts2D._registry.items()}
-    overrides_split = "from_experts_module" in type(experts).__dict__
-    return registered.get(type(experts)) if overrides_split else None
+    return getattr(experts, "_source_experts_cls", None)
 
 
 def _is_quantized(experts: LinearExperts2D) -> bool:

@@ -1,0 +1,75 @@
+"""What many tests need: a tokenizer, calibration data, a tiny model on disk, and a quiet oneshot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from llmcompressor_moe import load_trimmed_moe
+
+VOCAB = tiny_models.VOCAB
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word per token id: ``t0`` to ``t127``."""
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="t0", pad_token="t0", bos_token="t1", eos_token="t2"
+    )
+
+
+def token_ids(samples: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random token ids, [samples, length]."""
+    return torch.randint(3, VOCAB - 8, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def dataset(ids: torch.Tensor | None = None) -> Dataset:
+    """Calibration data as oneshot takes it."""
+    ids = token_ids() if ids is None else ids
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+
+
+def saved(model_type: str, directory: Path, **options: Any) -> Path:
+    """A tiny random model of a family, saved with a tokenizer as a user would have it."""
+    path = directory / model_type
+    if not path.exists():
+        model = tiny_models.build(model_type, **options)
+        model.save_pretrained(path)
+        tokenizer().save_pretrained(path)
+    return path
+
+
+def load(path: Path) -> PreTrainedModel:
+    """Load a checkpoint, trimmed or not, in fp32."""
+    with load_trimmed_moe():
+        config = AutoConfig.from_pretrained(path)
+        cls = AutoModelForCausalLM
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            import transformers
+
+            cls = getattr(transformers, config.architectures[0])
+        return cls.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def trim(model: PreTrainedModel, recipe: Any, **options: Any) -> PreTrainedModel:
+    """Run oneshot on 8 short sequences."""
+    ids = options.pop("ids", None)
+    if options.pop("no_data", False):
+        return oneshot(model=model, recipe=recipe, tokenizer=tokenizer(), **options)
+    data = dataset(ids)
+    settings = {"num_calibration_samples": len(data), "max_seq_length": 64, **options}
+    return oneshot(model=model, recipe=recipe, dataset=data, tokenizer=tokenizer(), **settings)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits on token ids, [samples, length, vocabulary]."""
+    with torch.no_grad():
+        return model(input_ids=token_ids(2) if ids is None else ids, use_cache=False).logits
