@@ -160,8 +160,8 @@ def check_moe_layers(expected: ExpectedModel, demand: Demand, schemes: Schemes, 
             layers.warning(
                 "quant-fused-family",
                 layer,
-                "this architecture stores its experts fused: transformers cannot load single quantized ones and "
-                "runs random experts",
+                "this architecture stores its experts fused: transformers cannot load single quantized ones "
+                "and runs random experts",
                 "serve it with a vLLM whose model class reads single experts, and compare outputs first",
             )
     layers.report()
