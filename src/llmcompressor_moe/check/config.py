@@ -138,6 +138,6 @@ def parse_config(path: Path, raw: dict[str, Any], findings: Findings) -> ReadCon
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an exception's text."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:400]
+    """Type and first lines of an exception's text, as one line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:400]

@@ -54,6 +54,9 @@ def quantized_demand(expected: ExpectedModel, schemes: Schemes, findings: Findin
 
     def compress(name: str, in_features: int, out_features: int, bias: bool, group: int) -> None:
         try:
+            size = schemes.schemes[group].weights.group_size
+            if size and size > 0 and in_features % size:
+                raise ValueError(f"{in_features} is no multiple of {size}, which vLLM refuses")
             local = parameters.of(in_features, out_features, bias, group)
         except ValueError as error:
             sizes_refused.setdefault((in_features, group, str(error)), []).append(name)
@@ -62,8 +65,6 @@ def quantized_demand(expected: ExpectedModel, schemes: Schemes, findings: Findin
         demand.quantized[name] = group
         for key, (shape, dtype) in local.items():
             demand.tensors[f"{name}.{key}"] = Wanted(shape, (dtype,) if dtype else FLOATS)
-        if getattr(schemes.schemes[group].weights, "actorder", None):
-            demand.optional[f"{name}.weight_g_idx"] = Wanted((in_features,), INTEGERS)
 
     for site in expected.sites.values():
         group = _group(site, schemes)

@@ -21,7 +21,7 @@ from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.report import Findings
 
 FIELD = "quantization_config"
-# Parameters that some writers add to a compressed module and readers accept without being asked.
+# Local names of quantization parameters.
 QPARAM = re.compile(
     r"\.((weight|input|output)_(scale|zero_point|global_scale|g_idx|packed|shape)|[qkv]_(scale|zero_point))$"
 )
@@ -153,15 +153,6 @@ def read_schemes(raw: dict[str, Any], findings: Findings) -> Schemes | None:
 
 def _judge_group(schemes: Schemes, index: int, findings: Findings) -> None:
     subject = f"{FIELD}.config_groups.{schemes.groups[index]}"
-    weights = schemes.schemes[index].weights
-    order = getattr(weights, "actorder", None)
-    if order is not None and str(getattr(order, "value", order)) in ("group", "dynamic"):
-        findings.error(
-            "quant-actorder",
-            subject,
-            f"actorder={order.value!r}: vLLM no longer reads it",
-            "quantize again with actorder 'static' or none",
-        )
     if schemes.format_of(index) is CompressionFormat.dense:
         findings.warning(
             "quant-not-compressed",
