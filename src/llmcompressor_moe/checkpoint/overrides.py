@@ -54,17 +54,14 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
         if unknown:
             raise ValueError(
                 f'per_layer_config["{index}"].skip names {unknown}; only "{SKIPPABLE}" (the MoE layer) can '
-                "be "
-                "skipped here. Remove the other entries, or load the checkpoint with a reader that knows "
-                "them."
+                "be skipped here. Remove the other entries, or use a reader that knows them."
             )
         counts = {name: values[name] for name in attributes if name in values}
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < (0 if skip else 1):
                 raise ValueError(
-                    f'per_layer_config["{index}"].{name} is {count!r}; it must be a whole number above 0, or '
-                    "0 "
-                    f'together with "skip": ["{SKIPPABLE}"] where the MoE layer was dropped.'
+                    f'per_layer_config["{index}"].{name} is {count!r}; it must be a whole number above 0, '
+                    f'or 0 together with "skip": ["{SKIPPABLE}"] where the MoE layer was dropped.'
                 )
         if skip or counts:
             found[index] = MoEOverride(bool(skip), counts)

@@ -24,6 +24,7 @@ from llmcompressor_moe.checkpoint.overrides import (
     moe_overrides,
     tolerant_configs,
 )
+from llmcompressor_moe.checkpoint.quantized import compressed_experts_as_linears
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import NotAnMoEError, find_topology, text_config
 
@@ -58,6 +59,7 @@ def load_trimmed_moe() -> Iterator[None]:
         with contextlib.ExitStack() as patches:
             builder = _Builder(patches)
             patches.enter_context(tolerant_configs())
+            patches.enter_context(compressed_experts_as_linears())
             _replace(patches, PreTrainedModel, "__init__", builder.before_model)
             _replace(patches, PreTrainedModel, "post_init", builder.after_model)
             yield

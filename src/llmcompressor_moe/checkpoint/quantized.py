@@ -1,0 +1,121 @@
+"""Load compressed experts in transformers as they were compressed: one Linear per projection and expert.
+
+transformers itself decompresses the experts of a checkpoint while it stacks them. That works for families
+whose own checkpoints keep experts apart, if all experts of the model were compressed by one scheme; the
+others keep random weights, with a warning only. Here the model gets linearized experts before the weights are
+read, so every Linear finds its tensors and its own scheme, whatever the family, and stays compressed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from llmcompressor_moe.checkpoint.names import expert_names
+from llmcompressor_moe.topology import text_config
+
+__all__ = ["compressed_experts_as_linears"]
+
+_LAYER_OF_EXPERT = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.\d+\.")
+_LAYER_OF_EXPERTS = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?[^.]+$")
+
+
+@contextlib.contextmanager
+def compressed_experts_as_linears() -> Iterator[None]:
+    """Context in which transformers' compressed-tensors quantizer builds linearized experts."""
+    prepare = CompressedTensorsHfQuantizer._process_model_before_weight_loading
+    convert = CompressedTensorsHfQuantizer.update_weight_conversions
+
+    @functools.wraps(prepare)
+    def prepare_linears(self: CompressedTensorsHfQuantizer, model: PreTrainedModel, **kwargs: Any) -> None:
+        layers = _layers_with_single_experts(kwargs.get("checkpoint_files") or [])
+        self._expert_renamings = _renamings(model) if _linearize(model, layers) else None
+        prepare(self, model, **kwargs)
+
+    @functools.wraps(convert)
+    def convert_linears(
+        self: CompressedTensorsHfQuantizer, conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
+        if self._expert_renamings is None:
+            return convert(self, conversions)
+        kept = [conversion for conversion in conversions if not _stacks_experts(conversion)]
+        return convert(self, kept) + self._expert_renamings
+
+    CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare_linears
+    CompressedTensorsHfQuantizer.update_weight_conversions = convert_linears
+    try:
+        yield
+    finally:
+        CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare
+        CompressedTensorsHfQuantizer.update_weight_conversions = convert
+
+
+def _layers_with_single_experts(files: list[str]) -> set[int]:
+    """Indices of the layers for which safetensors files hold tensors of single experts."""
+    found = set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                found |= {int(match[1]) for match in map(_LAYER_OF_EXPERT.search, tensors.keys()) if match}
+    return found
+
+
+def _linearize(model: PreTrainedModel, layers: set[int]) -> bool:
+    """Linearize the experts (on the meta device) of some layers in place; whether there were any."""
+    config = text_config(model.config)
+    replaced = False
+    for path, experts in get_non_linearized_moes(model):
+        layer = _LAYER_OF_EXPERTS.search(path)
+        if layer is None or int(layer[1]) not in layers:
+            continue
+        # Experts know the config of their own layer, which counts them.
+        model.set_submodule(path, _linear_experts(experts, getattr(experts, "config", config)))
+        _needs_no_initialization(model.get_submodule(path.rpartition(".")[0]))
+        replaced = True
+    return replaced
+
+
+def _needs_no_initialization(moe: nn.Module) -> None:
+    """Keep transformers from initializing fused experts that are gone, as some families do from the MoE layer."""
+    if not [*moe.parameters(recurse=False), *moe.buffers(recurse=False)]:
+        moe._is_hf_initialized = True
+
+
+def _linear_experts(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+    linear_cls = LinearExperts2D.get_linear_experts_cls(type(experts))
+    with contextlib.ExitStack() as patches:
+        for module in {sys.modules[cls.__module__] for cls in linear_cls.__mro__}:
+            if hasattr(module, "offload_module"):
+                # There is nothing to offload before weights are loaded, and upstream cannot for the meta
+                # device.
+                patches.enter_context(patch_attr(module, "offload_module", lambda module, **_: None))
+        return linear_cls.from_experts_module(experts, config)
+
+
+def _stacks_experts(conversion: WeightTransform) -> bool:
+    return isinstance(conversion, WeightConverter) and any(
+        re.search(r"experts\.\*\.", source) for source in conversion._original_source_patterns
+    )
+
+
+def _renamings(model: PreTrainedModel) -> list[WeightTransform]:
+    """From the names of a family's checkpoints to those of linearized experts; names already so stay."""
+    names = expert_names(text_config(model.config).model_type)
+    return [
+        WeightRenaming(rf"\.experts\.(\d+)\.{own}\.", rf".experts.\1.{name}.")
+        for name, own in (names.projections.items() if names else ())
+        if own != name
+    ]
