@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmcompressor_moe.checkpoint.names import ExpertNames
+from llmcompressor_moe.checkpoint.quantized_names import cover_quantized_modules
 from llmcompressor_moe.topology import text_config
 
 __all__ = ["ConfigChanges", "write_config_changes"]
@@ -61,15 +62,6 @@ def write_config_changes(
         fields.pop(name, None)
     for level in (whole, fields):
         level.pop(_NEVER_WRITTEN, None)
-    if names is not None and "quantization_config" in whole:
-        _cover_both_names(whole["quantization_config"], names)
+    if "quantization_config" in whole:
+        cover_quantized_modules(model, whole["quantization_config"], names)
     path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
-
-
-def _cover_both_names(quantization: dict[str, Any], names: ExpertNames) -> None:
-    """Add the family's own names to every list of modules that speaks of experts."""
-    lists = [quantization.get("ignore") or []]
-    lists += [group.get("targets") or [] for group in quantization.get("config_groups", {}).values()]
-    for entries in lists:
-        own = [names.apply(entry) for entry in entries]
-        entries.extend(entry for entry in dict.fromkeys(own) if entry not in entries)

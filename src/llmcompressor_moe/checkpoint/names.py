@@ -44,6 +44,18 @@ class ExpertNames:
         return _EXPERT_PATH.sub(own, name)
 
 
+    def spellings(self, name: str) -> list[str]:
+        """Every name under which readers may look up a module: MoE layer and projections, each in either naming."""
+        layer_only = self.apply_layer(name)
+        return list(dict.fromkeys([name, layer_only, self.apply(name)]))
+
+    def apply_layer(self, name: str) -> str:
+        """A module name with the family's own name of the MoE layer in it, its projections left as they are."""
+        for ours, own in self.modules.items():
+            name = re.sub(rf"{re.escape(ours)}(?=\.|$)", own, name)
+        return name
+
+
 def expert_names(model_type: str) -> ExpertNames | None:
     """The names of a family; None where they are gate_proj, up_proj and down_proj, or where experts are stored fused."""
     projections: dict[str, str] = {}

@@ -29,8 +29,8 @@ from llmcompressor_moe.topology import text_config
 
 __all__ = ["compressed_experts_as_linears"]
 
-_LAYER_OF_EXPERT = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.\d+\.")
-_LAYER_OF_EXPERTS = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?[^.]+$")
+_EXPERT_TENSOR = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.(\d+)\.([^.]+)\.([^.]+)$")
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @contextlib.contextmanager
@@ -41,8 +41,13 @@ def compressed_experts_as_linears() -> Iterator[None]:
 
     @functools.wraps(prepare)
     def prepare_linears(self: CompressedTensorsHfQuantizer, model: PreTrainedModel, **kwargs: Any) -> None:
-        layers = _layers_with_single_experts(kwargs.get("checkpoint_files") or [])
-        self._expert_renamings = _renamings(model) if _linearize(model, layers) else None
+        names = _checkpoint_names(model)
+        stored = _stored_experts(kwargs.get("checkpoint_files") or [], names)
+        linearized = _linearize(model, {layer for layer, *_ in stored})
+        self._expert_renamings = _renamings(names) if linearized else None
+        # The config may name modules as the checkpoint does, not as transformers does; the tensors do not lie.
+        quantization = self.compressor.quantization_config
+        quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
         prepare(self, model, **kwargs)
 
     @functools.wraps(convert)
@@ -63,29 +68,50 @@ def compressed_experts_as_linears() -> Iterator[None]:
         CompressedTensorsHfQuantizer.update_weight_conversions = convert
 
 
-def _layers_with_single_experts(files: list[str]) -> set[int]:
-    """Indices of the layers for which safetensors files hold tensors of single experts."""
-    found = set()
+def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names of an expert's projections in the family's checkpoints -> names in linearized experts, if different."""
+    names = expert_names(text_config(model.config).model_type)
+    return {own: name for name, own in names.projections.items() if own != name} if names else {}
+
+
+def _stored_experts(files: list[str], names: dict[str, str]) -> dict[tuple[int, int, str], set[str]]:
+    """(layer, expert, projection) -> kinds of tensors that safetensors files hold for it: weight, weight_scale, ..."""
+    found: dict[tuple[int, int, str], set[str]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as tensors:
-                found |= {int(match[1]) for match in map(_LAYER_OF_EXPERT.search, tensors.keys()) if match}
+                for layer, expert, name, kind in filter(None, map(_parse, tensors.keys())):
+                    found.setdefault((layer, expert, names.get(name, name)), set()).add(kind)
     return found
 
 
-def _linearize(model: PreTrainedModel, layers: set[int]) -> bool:
-    """Linearize the experts (on the meta device) of some layers in place; whether there were any."""
-    config = text_config(model.config)
-    replaced = False
+def _parse(name: str) -> tuple[int, int, str, str] | None:
+    match = _EXPERT_TENSOR.search(name)
+    return (int(match[1]), int(match[2]), match[3], match[4]) if match else None
+
+
+def _linearize(model: PreTrainedModel, layers: set[int]) -> dict[int, str]:
+    """Linearize the experts of some layers (on the meta device) in place; layer -> path of its experts."""
+    linearized = {}
     for path, experts in get_non_linearized_moes(model):
-        layer = _LAYER_OF_EXPERTS.search(path)
-        if layer is None or int(layer[1]) not in layers:
+        match = _LAYER.search(path)
+        if match is None or int(match[1]) not in layers:
             continue
         # Experts know the config of their own layer, which counts them.
-        model.set_submodule(path, _linear_experts(experts, getattr(experts, "config", config)))
+        config = getattr(experts, "config", text_config(model.config))
+        model.set_submodule(path, _linear_experts(experts, config))
         _needs_no_initialization(model.get_submodule(path.rpartition(".")[0]))
-        replaced = True
-    return replaced
+        linearized[int(match[1])] = path
+    return linearized
+
+
+def _plain_linears(experts: dict[int, str], stored: dict[tuple[int, int, str], set[str]]) -> list[str]:
+    """Module paths of the expert projections that were stored uncompressed."""
+    return [
+        f"{experts[layer]}.{expert}.{name}"
+        for (layer, expert, name), kinds in stored.items()
+        if layer in experts and "weight_scale" not in kinds
+    ]
 
 
 def _needs_no_initialization(moe: nn.Module) -> None:
@@ -111,11 +137,8 @@ def _stacks_experts(conversion: WeightTransform) -> bool:
     )
 
 
-def _renamings(model: PreTrainedModel) -> list[WeightTransform]:
+def _renamings(names: dict[str, str]) -> list[WeightTransform]:
     """From the names of a family's checkpoints to those of linearized experts; names already so stay."""
-    names = expert_names(text_config(model.config).model_type)
     return [
-        WeightRenaming(rf"\.experts\.(\d+)\.{own}\.", rf".experts.\1.{name}.")
-        for name, own in (names.projections.items() if names else ())
-        if own != name
+        WeightRenaming(rf"\.experts\.(\d+)\.{own}\.", rf".experts.\1.{name}.") for own, name in names.items()
     ]

@@ -1,0 +1,100 @@
+"""Make a quantization config name exactly the modules that are quantized, under every name that readers look up.
+
+A recipe's targets speak of the model as it came: after blocks went, the same layer numbers mean other layers. And a family with its
+own names for experts (Mixtral) is looked up under those by vLLM and under llm-compressor's by others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from llmcompressor_moe.checkpoint.names import ExpertNames
+
+__all__ = ["cover_quantized_modules", "patterns_for"]
+
+_PLACE = re.compile(r"^.*?\blayers\.(?P<layer>\d+)\.(?P<inside>.+)$")
+_EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)(?P<after>\..+)")
+
+
+def cover_quantized_modules(
+    model: nn.Module, quantization: dict[str, Any], names: ExpertNames | None
+) -> None:
+    """Rewrite ``ignore`` and the groups' ``targets`` in place.
+
+    :param model: the model as it is saved; every quantized module carries its scheme
+    :param quantization: ``quantization_config`` as compressed-tensors wrote it: one group per scheme, in the order of first appearance
+    :param names: the family's own expert names, if it has any
+    """
+    groups = list(quantization.get("config_groups", {}).values())
+    schemes: list[Any] = []
+    members: list[list[str]] = []
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if scheme not in schemes:
+            schemes.append(scheme)
+            members.append([])
+        members[schemes.index(scheme)].append(name)
+    ignore = quantization.get("ignore") or []
+    quantization["ignore"] = list(
+        dict.fromkeys(spelling for entry in ignore for spelling in _spellings(entry, names))
+    )
+    by_class_alone = len(groups) == 1 and groups[0].get("targets") == ["Linear"]
+    if by_class_alone or len(groups) != len(schemes):
+        return
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for group, quantized in zip(groups, members, strict=True):
+        targets = patterns_for(spelling for name in quantized for spelling in _spellings(name, names))
+        expressions = [
+            re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")
+        ]
+        others = set(linears) - set(quantized)
+        if any(expression.match(name) for expression in expressions for name in others):
+            targets = [spelling for name in quantized for spelling in _spellings(name, names)]
+        group["targets"] = targets
+
+
+def _spellings(name: str, names: ExpertNames | None) -> list[str]:
+    return list(dict.fromkeys([name, *(names.spellings(name) if names else ())]))
+
+
+def patterns_for(names: Iterable[str]) -> list[str]:
+    """Few patterns that match these module names.
+
+    Names that differ only in the block and the expert share a pattern that lists the blocks. A block whose experts are listed from 0
+    without a gap is written with any expert number; one with gaps gets a pattern that lists its experts.
+    """
+    plain: list[str] = []
+    places: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        place = _PLACE.match(name)
+        if place is None:
+            plain.append(name)
+            continue
+        inside, expert = place["inside"], -1
+        if match := _EXPERT.fullmatch(inside):
+            inside, expert = f"{match['before']}*{match['after']}", int(match["expert"])
+        places[inside][int(place["layer"])].add(expert)
+    patterns = []
+    for inside, layers in places.items():
+        gaps = {
+            layer
+            for layer, experts in layers.items()
+            if -1 not in experts and len(experts) != max(experts) + 1
+        }
+        for layer in sorted(gaps):
+            chosen = "|".join(str(expert) for expert in sorted(layers.pop(layer)))
+            path = re.escape(inside).replace(r"\*", f"(?:{chosen})")
+            patterns.append(rf"re:.*\blayers\.{layer}\.{path}$")
+        if not layers:
+            continue
+        listed = "|".join(str(layer) for layer in sorted(layers))
+        path = re.escape(inside).replace(r"\*", r"\d+")
+        patterns.append(rf"re:.*\blayers\.(?:{listed})\.{path}$")
+    return [*dict.fromkeys(plain), *patterns]
