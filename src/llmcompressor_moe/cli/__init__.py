@@ -3,6 +3,8 @@
 import typer
 
 from llmcompressor_moe.cli.check import check
+from llmcompressor_moe.cli.compress import compress
+from llmcompressor_moe.cli.inspect import inspect
 
 app = typer.Typer(
     name="llmcompressor-moe",
@@ -10,13 +12,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+app.command()(inspect)
+app.command()(compress)
 app.command()(check)
 
-
-@app.callback()
-def _main() -> None:
-    # with a callback typer keeps the verb even while there is only one
-    return
-
-
-__all__ = ["app", "check"]
+__all__ = ["app", "check", "compress", "inspect"]

@@ -1,0 +1,197 @@
+"""From a checkpoint and a recipe to a smaller checkpoint with its tokenizer, checked."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from llmcompressor import oneshot
+from llmcompressor.recipe import Recipe
+from pydantic import BaseModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompressor_moe.calibration import calibration_samples
+from llmcompressor_moe.check import CheckReport, check_checkpoint
+from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_write
+from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.inspection import ModelInspection, inspect_model
+from llmcompressor_moe.recipe_file import read_recipe
+from llmcompressor_moe.report import DropReport
+
+__all__ = ["DTYPES", "PIPELINES", "CompressionSummary", "compress"]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+PIPELINES = ("independent", "sequential")
+
+
+class CompressionSummary(BaseModel):
+    """What a compression did.
+
+    :param bytes_before: bytes of the weight files
+    :param reports: one per drop modifier, in order
+    :param check: the verdict on the new checkpoint
+    :param needs_plugin: whether vLLM needs the plugin for it, and transformers `load_trimmed_moe`
+    :param calibration_tokens: 0 when no data was used
+    :param seconds: wall-clock time of everything
+    """
+
+    model: str
+    output: str
+    parameters_before: int
+    parameters_after: int
+    active_before: int
+    active_after: int
+    bytes_before: int
+    bytes_after: int
+    reports: list[DropReport]
+    check: CheckReport
+    needs_plugin: bool
+    calibration_tokens: int
+    seconds: float
+
+    @property
+    def serve_command(self) -> str:
+        """The command that serves the new checkpoint with vLLM."""
+        return f"vllm serve {shlex.quote(self.output)}"
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path,
+    dataset: str | Path | None,
+    output: str | Path,
+    *,
+    num_samples: int = 128,
+    sequence_length: int = 512,
+    batch_size: int = 1,
+    pipeline: str = "independent",
+    dtype: str = "auto",
+    announce: Callable[[str], None] = lambda step: None,
+) -> CompressionSummary:
+    """Apply a recipe to a checkpoint directory and write the result with its tokenizer, as a whole or not at
+    all.
+
+    Everything that can be wrong without the weights is found before they are read.
+
+    :param recipe: a YAML recipe file
+    :param dataset: see `calibration_samples`; None for recipes that need no data
+    :param output: directory to write; an earlier checkpoint there is replaced at the very end
+    :param sequence_length: tokens per calibration sample
+    :param announce: told what is being done, step by step
+    :raises ValueError: something is wrong with an argument, the recipe, the data or the model; says what
+        would work
+    :raises OutputDirectoryError: the output cannot be written; it is as it was
+    :raises IllegalCheckpointError: the result would not be legal to serve; nothing was written
+    """
+    started = time.perf_counter()
+    _check_arguments(model, output, num_samples, sequence_length, batch_size, pipeline, dtype)
+    parsed = read_recipe(recipe)
+    announce("Reading the model's config")
+    before = inspect_model(model)
+    _check_source(before)
+    if dataset is None:
+        _check_needs_no_data(parsed)
+    announce("Preparing tokenizer and calibration data")
+    tokenizer = _tokenizer(model)
+    options: dict[str, Any] = {}
+    tokens = 0
+    if dataset is not None:
+        samples = calibration_samples(dataset, tokenizer, num_samples, sequence_length)
+        tokens = sum(map(len, samples["input_ids"]))
+        options = {
+            "dataset": samples,
+            "num_calibration_samples": len(samples),
+            "max_seq_length": sequence_length,
+            "batch_size": batch_size,
+            "shuffle_calibration_samples": False,
+        }
+    announce("Loading the model")
+    loaded = _load(model, before.architecture, dtype)
+    announce("Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers))
+    loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=str(recipe), pipeline=pipeline, **options)
+    announce(f"Saving to {output}")
+    check = _save(loaded, tokenizer, output)
+    after = inspect_model(output)
+    return CompressionSummary(
+        model=str(model),
+        output=str(output),
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        active_before=before.active_parameters,
+        active_after=after.active_parameters,
+        bytes_before=before.on_disk or before.nbytes,
+        bytes_after=after.on_disk or after.nbytes,
+        reports=getattr(loaded, "_trim_history", []),
+        check=check,
+        needs_plugin=bool(after.dropped_moe_layers) or len({layer.experts for layer in after.moe_layers}) > 1,
+        calibration_tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_arguments(
+    model: str | Path,
+    output: str | Path,
+    num_samples: int,
+    sequence_length: int,
+    batch_size: int,
+    pipeline: str,
+    dtype: str,
+) -> None:
+    numbers = {"num_samples": num_samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1.")
+    for name, value, known in (("pipeline", pipeline, PIPELINES), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}.")
+    if Path(output).resolve() == Path(model).resolve():
+        raise ValueError(f"output={str(output)!r} is the model itself; name another directory.")
+    check_can_write(output)
+
+
+def _check_source(source: ModelInspection) -> None:
+    if source.quantization is not None:
+        raise ValueError(
+            f"model {source.path!r} is quantized already "
+            f"(quantization_config.quant_method={source.quantization!r}); trim the "
+            "checkpoint that it was made from and quantize it in the same recipe."
+        )
+
+
+def _check_needs_no_data(recipe: Recipe) -> None:
+    for modifier in recipe.modifiers:
+        needs = getattr(modifier, "_needs_data", lambda m=modifier: m.requires_calibration_data)
+        if needs():
+            raise ValueError(
+                f"{type(modifier).__name__} needs calibration data: give a dataset, or name the indices to "
+                "drop."
+            )
+
+
+def _tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"model {str(model)!r}: its tokenizer cannot be loaded ({error}); put the tokenizer files beside "
+            "config.json."
+        ) from error
+
+
+def _load(model: str | Path, architecture: str, dtype: str) -> PreTrainedModel:
+    with load_trimmed_moe():
+        return getattr(transformers, architecture).from_pretrained(model, dtype=dtype, local_files_only=True)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path) -> CheckReport:
+    with atomic_directory(output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        report = check_checkpoint(directory).raise_if_errors()
+    report.path = str(output)
+    return report
