@@ -28,17 +28,16 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
-# vLLM 0.32 computes these rotary embeddings wrong on a CPU with its custom operator;
-# test_engine_limits.py shows it on untouched models.
+# What an architecture needs here beyond that; test_engine_limits.py shows it on untouched models.
+_PLAIN_ROTARY = {
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding", "-deepseek_scaling_rotary_embedding"]}
+}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     # Chunked attention needs chunks that KV blocks divide; blocks are 128 tokens by default on a CPU.
     "llama4_text": {"block_size": 32},
-    "deepseek_v2": {"compilation_config": {"custom_ops": ["none"]}},
-    "deepseek_v3": {
-        "compilation_config": {
-            "custom_ops": ["all", "-rotary_embedding", "-deepseek_scaling_rotary_embedding"]
-        }
-    },
+    # vLLM 0.32 computes their rotary embeddings wrong on a CPU with its custom operator.
+    "deepseek_v2": _PLAIN_ROTARY,
+    "deepseek_v3": _PLAIN_ROTARY,
 }
 
 
@@ -65,6 +64,7 @@ def vllm_logprobs(
     unpack_experts: bool = False,
     multiprocessing: bool = False,
     known_settings: bool = True,
+    job_options: Sequence[Mapping[str, Any]] | None = None,
     timeout: float = 1800,
     **options: Any,
 ) -> list[Result]:
@@ -73,15 +73,15 @@ def vllm_logprobs(
     `plugin=False` hides every general plugin from vLLM. `unpack_experts` serves packed int4 experts
     through vLLM's unquantized MoE, as a CPU has no kernel for them. `multiprocessing` runs engine and
     workers in processes of their own. `options` go to `vllm.LLM`, over the settings that an architecture
-    is known to need here.
+    is known to need here; `job_options` holds more of them for each checkpoint.
     """
     jobs = [
         {
             "model": str(path),
             "prompts": [list(p) for p in prompts],
-            "options": (_known_settings(path) if known_settings else {}) | options,
+            "options": (_known_settings(path) if known_settings else {}) | options | dict(own),
         }
-        for path in checkpoints
+        for path, own in zip(checkpoints, job_options or [{}] * len(checkpoints), strict=True)
     ]
     request = {"poison": poison, "unpack_experts": unpack_experts, "jobs": jobs}
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing))}
@@ -93,9 +93,13 @@ def vllm_logprobs(
         command = [PYTHON, RUNNER, asked, answered]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         results = json.loads(answered.read_text()) if answered.exists() else []
-    died = f"vLLM's process ended with code {run.returncode}:\n{run.stdout[-4000:]}\n{run.stderr[-8000:]}"
-    missing = [{"error": died}] * (len(jobs) - len(results))
-    return [Result(**result) for result in results + missing]
+    log = f"{run.stdout[-8000:]}\n{run.stderr[-8000:]}"
+    died = f"vLLM's process ended with code {run.returncode}:\n{log}"
+    results += [{"error": died}] * (len(jobs) - len(results))
+    if multiprocessing:
+        # The cause of an error in another process is in the log only.
+        results = [r if "logprobs" in r else {"error": f"{r['error']}\n{log}"} for r in results]
+    return [Result(**result) for result in results]
 
 
 def _known_settings(checkpoint: pathlib.Path) -> dict[str, Any]:

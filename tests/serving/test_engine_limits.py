@@ -1,0 +1,77 @@
+"""What vLLM gets wrong, shown on untouched models, and what is refused with the plugin in place."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from tiny_models import build
+
+from serving.cases import ARCHITECTURES, PROMPTS, Case, make_case
+from serving.checkpoints import save
+from serving.engine import Result, transformers_logprobs, vllm_logprobs
+
+pytestmark = pytest.mark.serving
+
+
+def _untouched(architecture: str, folder: pathlib.Path, **values: Any) -> Case:
+    model = build(architecture, **ARCHITECTURES[architecture] | values)
+    return Case(save(model, {}, folder), transformers_logprobs(model, PROMPTS))
+
+
+class TestWrongWithoutUs:
+    """The models are untouched. When one of these tests fails, vLLM has got better: drop the setting."""
+
+    @pytest.fixture(scope="class")
+    def wrong(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Result]]:
+        folder = tmp_path_factory.mktemp("wrong")
+        cases = {name: _untouched(name, folder / name) for name in ("deepseek_v2", "deepseek_v3")}
+        shifted = ["full_attention", "sliding_attention"] * 2
+        cases["gpt_oss"] = _untouched("gpt_oss", folder / "gpt_oss", layer_types=shifted)
+        results = vllm_logprobs([case.checkpoint for case in cases.values()], PROMPTS, known_settings=False)
+        return {name: (case, result) for (name, case), result in zip(cases.items(), results, strict=True)}
+
+    @pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+    def test_rotary_operator_on_a_cpu(self, architecture, wrong):
+        case, result = wrong[architecture]
+        assert result.difference(case.reference) > 0.01
+
+    def test_gpt_oss_slides_every_other_layer_whatever_layer_types_says(self, wrong):
+        case, result = wrong["gpt_oss"]
+        assert result.difference(case.reference) > 0.01
+
+
+# Overrides put into an untouched Mixtral, options of vLLM, and what the error must say.
+REFUSED = {
+    "unknown part": ({"2": {"skip": ["attention"]}}, {}, "Layer 2: `skip` names ['attention']"),
+    "unread attribute": (
+        {"1": {"num_local_experts": 6}, "2": {"intermediate_size": 32}},
+        {},
+        "Layer 2 of MixtralForCausalLM: `intermediate_size: 32` cannot be honoured",
+    ),
+    "transformers backend": (
+        {"2": {"num_local_experts": 6}},
+        {"model_impl": "transformers"},
+        "Layer 2: `num_local_experts: 6` cannot be honoured",
+    ),
+    # vLLM finds this one itself: the router in the checkpoint has eight rows.
+    "config that lies": ({"2": {"num_local_experts": 6}}, {}, "layers.2"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    paths = []
+    for per_layer_config, _, _ in REFUSED.values():
+        path = make_case("mixtral", "untouched", tmp_path_factory.mktemp("refused")).checkpoint
+        config = json.loads((path / "config.json").read_text()) | {"per_layer_config": per_layer_config}
+        (path / "config.json").write_text(json.dumps(config))
+        paths.append(path)
+    results = vllm_logprobs(paths, PROMPTS, job_options=[options for _, options, _ in REFUSED.values()])
+    return dict(zip(REFUSED, results, strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_override_that_cannot_be_honoured(name, refused):
+    assert refused[name].logprobs is None
+    assert REFUSED[name][2] in refused[name].error
