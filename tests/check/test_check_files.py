@@ -9,7 +9,7 @@ from breaking import INDEX, WEIGHTS, codes, edit_json, errors, finding, rewrite_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.layout import DTYPE_BITS, read_header, read_layout, read_small
@@ -143,6 +143,23 @@ def test_a_header_is_accepted_exactly_when_safetensors_accepts_it(tmp_path_facto
     assert ours is None or ours == theirs
 
 
+def test_an_empty_tensor_that_claims_endless_experts_ends(good):
+    path = good("granitemoe")
+    name = "model.layers.1.block_sparse_moe.input_linear.weight"
+    tensors = load_file(path / WEIGHTS)
+    save_file(tensors | {name: tensors[name][:0]}, path / WEIGHTS, {"format": "pt"})
+    rewrite_header(path / WEIGHTS, lambda header: header[name].update(shape=[10**15, 0, 64]))
+    assert not check_checkpoint(path).ok
+
+
+def test_names_cannot_steer_the_terminal_or_flood_it(good):
+    path = good()
+    save_file(load_file(path / WEIGHTS) | {"\x1b[2J" + "x" * 10**5: torch.zeros(1)}, path / WEIGHTS)
+    subject = finding(path, "tensor-extra").subject
+    assert "\x1b" not in subject
+    assert len(subject) < 1000
+
+
 def test_missing_shard(good):
     path = good()
     (path / shard(path)[1]).unlink()
@@ -170,8 +187,6 @@ def test_index_names_an_absent_tensor_or_the_wrong_file(good):
 def test_tensor_in_two_shards(good):
     path = good()
     names = shard(path)
-    from safetensors.torch import load_file
-
     one, two = load_file(path / names[0]), load_file(path / names[1])
     stolen = next(iter(one))
     save_file(two | {stolen: one[stolen]}, path / names[1], {"format": "pt"})

@@ -1,8 +1,8 @@
 """Rules about routed experts: their number, their names, and whether the router can choose among them."""
 
-from llmcompressor_moe.check.comparison import Comparison, PerLayer
+from llmcompressor_moe.check.comparison import Comparison, PerLayer, ranges
 from llmcompressor_moe.check.config import ReadConfig
-from llmcompressor_moe.check.expected import ExpectedModel, expert_index
+from llmcompressor_moe.check.expected import ExpectedModel, expert_index, layer_of
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout
 from llmcompressor_moe.topology import MoELayer
@@ -65,15 +65,17 @@ def check_counts(
 ) -> None:
     """Expert tensors, router rows and correction bias of each MoE layer against the config's count."""
     layers = PerLayer(findings)
+    single = _single_experts(expected, layout)
     for layer, moe in expected.moe_layers.items():
-        stored = _stored_experts(expected, layout, layer)
+        stored = single.get(layer)
+        count = len(stored) if stored else _fused_count(expected, layout, layer)
         rows = _router_rows(expected, comparison, layer, moe.num_experts)
-        count = None if stored is None else len(stored)
-        if stored and stored != set(range(len(stored))):
+        if stored and max(stored) != len(stored) - 1:
+            absent = sorted(set(range(max(stored))) - stored)
             layers.error(
                 "expert-gap",
                 layer,
-                f"its experts are numbered {sorted(stored)[:8]}..., not 0 to {len(stored) - 1}",
+                f"its experts run from 0 to {max(stored)} without {ranges(absent)}",
                 "renumber the experts without gaps",
             )
         elif count is not None and count != moe.num_experts and rows == {count}:
@@ -85,18 +87,10 @@ def check_counts(
             )
         else:
             _report_counts(layers, layer, moe, count, rows)
-        if (count is not None and count != moe.num_experts) or rows not in (set(), {moe.num_experts}):
+        if count not in (None, moe.num_experts) or rows:
+            counted = (*expected.fused_experts.get(layer, ()), *expected.router_tensors.get(layer, ()))
             comparison.forget_under((f"{expected.experts_path[layer]}.",))
-            comparison.forget(
-                n
-                for n in expected.fused_experts.get(layer, ())
-                if n in comparison.shapes and _rows_differ(comparison, n)
-            )
-            comparison.forget(
-                n
-                for n in expected.router_tensors.get(layer, ())
-                if n in comparison.shapes and _rows_differ(comparison, n)
-            )
+            comparison.forget(n for n in counted if n in comparison.shapes and _rows_differ(comparison, n))
     layers.report()
 
 
@@ -125,18 +119,26 @@ def _report_counts(layers: PerLayer, layer: int, moe: MoELayer, count: int | Non
         )
 
 
-def _stored_experts(expected: ExpectedModel, layout: CheckpointLayout, layer: int) -> set[int] | None:
-    """Indices of the experts that files hold for a layer; None where none of its names is there."""
-    home = expected.experts_path[layer]
-    found = {i for name in layout.tensors if (i := expert_index(name, home)) is not None}
-    if found:
-        return found
+def _single_experts(expected: ExpectedModel, layout: CheckpointLayout) -> dict[int, set[int]]:
+    """Indices of the experts that files hold one by one, per layer."""
+    found: dict[int, set[int]] = {}
+    for name in layout.tensors:
+        layer = layer_of(name, expected.layers_path)
+        if layer in expected.experts_path:
+            index = expert_index(name, expected.experts_path[layer])
+            if index is not None:
+                found.setdefault(layer, set()).add(index)
+    return found
+
+
+def _fused_count(expected: ExpectedModel, layout: CheckpointLayout, layer: int) -> int | None:
+    """Number of experts in a layer's fused tensors; None where they are absent or disagree."""
     sizes = {
         layout.tensors[name].shape[0]
         for name in expected.fused_experts.get(layer, ())
-        if name in layout.tensors and layout.tensors[name].shape and name in expected.shapes
+        if name in layout.tensors and layout.tensors[name].shape
     }
-    return set(range(sizes.pop())) if len(sizes) == 1 else None
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _rows_differ(comparison: Comparison, name: str) -> bool:

@@ -10,7 +10,7 @@ from llmcompressor_moe.check.stack import mtp_layers
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, TensorInfo
 
 _COMPONENT = re.compile(r"(^|\.)mtp(_layers|_block)?(\.|$)")
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d{1,6})\.")
 _FUSED = re.compile(r"\.experts\.[^.]*(gate_up|up_proj|down_proj|w13|w2)[^.]*(\.weight)?$")
 _ROUTER = re.compile(r"\.(gate|router)\.([a-z_]+\.)?(weight|bias|e_score_correction_bias)$")
 # What a draft layer has and an ordinary block has not.
@@ -95,17 +95,20 @@ def _check_experts(
         return
     count = config.value(config.expert_attribute)
     indices: dict[str, set[int]] = {}
+    counts: dict[str, int] = {}
     for name, tensor in found.items():
         if match := _EXPERT.match(name):
             indices.setdefault(match[1], set()).add(int(match[2]))
         elif _FUSED.search(name) and len(tensor.shape) == 3:
-            indices.setdefault(name, set()).update(range(tensor.shape[0]))
-    for place, stored in indices.items():
-        if stored != set(range(count)):
+            counts[name] = tensor.shape[0]
+    # a gap counts as the number of names that would be needed
+    counts |= {place: max(len(stored), max(stored) + 1) for place, stored in indices.items()}
+    for place, stored in counts.items():
+        if stored != count:
             findings.error(
                 "mtp-experts",
                 place,
-                f"an MTP layer with {len(stored)} experts, config.json says {count}: the draft fails to load",
+                f"an MTP layer with {stored} experts, config.json says {count}: the draft fails to load",
                 "drop as many experts from the MTP layer, or switch MTP off and delete its tensors",
             )
     for name, tensor in found.items():

@@ -99,5 +99,17 @@ class Findings:
 
     def _add(self, severity: Severity, code: str, subject: object, message: str, way_out: str) -> None:
         self.all.append(
-            Finding(severity=severity, code=code, subject=str(subject), message=message, way_out=way_out)
+            Finding(
+                severity=severity,
+                code=code,
+                subject=_printable(str(subject)),
+                message=_printable(message),
+                way_out=_printable(way_out),
+            )
         )
+
+
+def _printable(text: str, limit: int = 600) -> str:
+    # names come from the checkpoint: they may be endless, or hold escapes that steer a terminal
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
