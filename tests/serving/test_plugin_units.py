@@ -3,11 +3,13 @@
 import copy
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from llmcompressor_moe_vllm import building
 from llmcompressor_moe_vllm.building import Build, refuse_settings, verify
 from llmcompressor_moe_vllm.config_view import allow_global_reads, global_reads_allowed, layer_view
 from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer
@@ -252,3 +254,70 @@ def test_wrapper_stands_wherever_the_function_was_imported(monkeypatch: pytest.M
     for _ in range(2):
         wrap_everywhere(home, "f", lambda f: lambda: f() + 1)
     assert home.f() == user.f() == 2
+
+
+class TestInitializeModel:
+    """The two wrappers together, around a stand-in for vLLM's model building."""
+
+    @pytest.fixture
+    def registry(self, monkeypatch: pytest.MonkeyPatch) -> Registry:
+        registry = Registry()
+        stub = types.ModuleType("vllm.config")
+        stub.get_current_vllm_config = lambda: types.SimpleNamespace(compilation_config=registry)
+        monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+        monkeypatch.setitem(sys.modules, "vllm.config", stub)
+        monkeypatch.setattr(building, "_owned_layers", range)
+        return registry
+
+    def settings(self, config: Any) -> Any:
+        parallel = types.SimpleNamespace(enable_eplb=False, enable_expert_parallel=False)
+        model = types.SimpleNamespace(hf_config=config, hf_text_config=config)
+        return types.SimpleNamespace(parallel_config=parallel, model_config=model)
+
+    def builder(self, registry: Registry, through_make_layers: bool = True) -> Callable[..., nn.Module]:
+        def make_layers(count: int, layer_fn: Callable[..., nn.Module], prefix: str) -> nn.ModuleList:
+            return nn.ModuleList(layer_fn(prefix=f"{prefix}.{i}") for i in range(count))
+
+        make = building.wrap_make_layers(make_layers) if through_make_layers else make_layers
+
+        def initialize(vllm_config: Any, *, model_config: Any = None) -> nn.Module:
+            config = vllm_config.model_config.hf_config
+            model = nn.Module()
+            model.table = config.num_local_experts
+            model.layers = make(4, lambda prefix: decoder_layer(registry, prefix, config), "layers")
+            return model
+
+        return initialize
+
+    per_layer = {"1": {"skip": ["mlp"], "num_local_experts": 0}, "3": {"num_local_experts": 5}}  # noqa: RUF012
+
+    def experts(self, model: nn.Module) -> list[int | None]:
+        parts = [getattr(layer.ffn, "experts", None) for layer in model.layers]
+        return [None if part is None else len(part.w13) for part in parts]
+
+    def test_layers_follow_the_config_and_loaders_may_read_the_global_count(self, registry: Registry):
+        config = mixtral(self.per_layer)
+        model = building.wrap_initialize_model(self.builder(registry))(self.settings(config))
+        assert self.experts(model) == [8, None, 8, 5]
+        assert model.table == config.num_local_experts == 8
+
+    def test_text_model_inside_a_multimodal_one(self, registry: Registry):
+        inner = building.wrap_initialize_model(self.builder(registry))
+
+        def outer(vllm_config: Any, *, model_config: Any = None) -> nn.Module:
+            return inner(self.settings(copy.deepcopy(vllm_config.model_config.hf_text_config)))
+
+        model = building.wrap_initialize_model(outer)(self.settings(mixtral(self.per_layer)))
+        assert self.experts(model) == [8, None, 8, 5]
+
+    def test_uniform_model_is_built_as_ever(self, registry: Registry):
+        model = building.wrap_initialize_model(self.builder(registry))(self.settings(mixtral(None)))
+        assert self.experts(model) == [8, 8, 8, 8]
+
+    def test_failure_leaves_the_config_refusing(self, registry: Registry):
+        config = mixtral(self.per_layer)
+        build = building.wrap_initialize_model(self.builder(registry, through_make_layers=False))
+        with pytest.raises(UnsupportedOverrideError, match="Layer 1"):
+            build(self.settings(config))
+        with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+            _ = config.num_local_experts

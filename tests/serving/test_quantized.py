@@ -1,7 +1,8 @@
 """Packed int4 experts in checkpoints whose layers differ: the right scheme must reach every layer.
 
 A CPU has no kernel for them, so vLLM's unquantized MoE computes with what its own loaders loaded
-(expert_shim.py)."""
+(expert_shim.py).
+"""
 
 import pytest
 from tiny_models import build
