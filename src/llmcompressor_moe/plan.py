@@ -142,8 +142,14 @@ def experts_to_drop(
             dropped += size
     if dropped < wanted:
         room = sum((r.num_experts - r.floor) // r.num_groups * r.num_groups for r in rooms.values())
+        if room >= wanted:
+            groups = max(r.num_groups for r in rooms.values())
+            raise ValueError(
+                f"{wanted} experts are to be dropped in all, but the routers limit the choice to {groups} groups, and every group "
+                f"must lose the same number: use a multiple of {groups}."
+            )
         raise ValueError(
-            f"{wanted} experts are to be dropped in all, but the floors allow {min(room, dropped)}: lower the amount or min_experts."
+            f"{wanted} experts are to be dropped in all, but the floors allow {room}: lower the amount or min_experts."
         )
     return {
         layer: sorted(expert for _, experts in rounds[layer][:count] for expert in experts)

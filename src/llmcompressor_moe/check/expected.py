@@ -36,7 +36,8 @@ class LinearSite:
     """A module that a quantization config can address, by its native name.
 
     `kind` is `linear`, `router`, `gate` (a single row that scales a shared expert), `expert` or `embedding`;
-    `runtime` the module's name inside the transformers model; sizes as in nn.Linear.
+    `runtime` the module's name inside the transformers model and `classes` the names of its classes there;
+    sizes as in nn.Linear.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LinearSite:
     out_features: int
     bias: bool
     layer: int | None = None
+    classes: tuple[str, ...] = ("Linear",)
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def _fill_modules(expected: ExpectedModel, naming: _Naming) -> None:
                 weight.shape[0],
                 getattr(module, "bias", None) is not None,
                 layer_of(name, expected.layers_path),
+                tuple(cls.__name__ for cls in type(module).__mro__),
             )
     for index, moe in expected.moe_layers.items():
         if moe.router:

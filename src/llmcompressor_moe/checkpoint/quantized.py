@@ -45,7 +45,8 @@ def compressed_experts_as_linears() -> Iterator[None]:
         stored = _stored_experts(kwargs.get("checkpoint_files") or [], names)
         linearized = _linearize(model, {layer for layer, *_ in stored})
         self._expert_renamings = _renamings(names) if linearized else None
-        # The config may name modules as the checkpoint does, not as transformers does; the tensors do not lie.
+        # The config may name modules as the checkpoint does, not as transformers does; the tensors do not
+        # lie.
         quantization = self.compressor.quantization_config
         quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
         prepare(self, model, **kwargs)
@@ -69,13 +70,15 @@ def compressed_experts_as_linears() -> Iterator[None]:
 
 
 def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
-    """Names of an expert's projections in the family's checkpoints -> names in linearized experts, if different."""
+    """Names of an expert's projections in the family's checkpoints -> names in linearized experts, if "
+    "different."""
     names = expert_names(text_config(model.config).model_type)
     return {own: name for name, own in names.projections.items() if own != name} if names else {}
 
 
 def _stored_experts(files: list[str], names: dict[str, str]) -> dict[tuple[int, int, str], set[str]]:
-    """(layer, expert, projection) -> kinds of tensors that safetensors files hold for it: weight, weight_scale, ..."""
+    """(layer, expert, projection) -> kinds of tensors that safetensors files hold for it: weight, "
+    "weight_scale, ..."""
     found: dict[tuple[int, int, str], set[str]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
@@ -115,7 +118,8 @@ def _plain_linears(experts: dict[int, str], stored: dict[tuple[int, int, str], s
 
 
 def _needs_no_initialization(moe: nn.Module) -> None:
-    """Keep transformers from initializing fused experts that are gone, as some families do from the MoE layer."""
+    """Keep transformers from initializing fused experts that are gone, as some families do from the MoE "
+    "layer."""
     if not [*moe.parameters(recurse=False), *moe.buffers(recurse=False)]:
         moe._is_hf_initialized = True
 

@@ -291,8 +291,8 @@ class ExpertsObserver(_Observer):
 
     def _compare(self, tokens: torch.Tensor) -> None:
         """Run all experts on an even sample of the batch's tokens and add up the cosines of their outputs."""
-        step = max(1, len(tokens) // _REDUNDANCY_TOKENS_PER_BATCH)
-        sample = tokens[::step][:_REDUNDANCY_TOKENS_PER_BATCH]
+        count = min(len(tokens), _REDUNDANCY_TOKENS_PER_BATCH)
+        sample = tokens[torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()]
         outputs = torch.stack([module(sample) for module in expert_modules(self._experts)]).float()
         unit = torch.nn.functional.normalize(outputs, dim=-1)
         cosines = torch.einsum("eth,fth->ef", unit, unit)

@@ -1,0 +1,79 @@
+"""Every recipe in recipes/ runs to the end on a tiny model of its family, and the result is what it says."""
+
+from pathlib import Path
+
+import pytest
+import support
+from safetensors import safe_open
+
+from llmcompressor_moe.compression import CompressionSummary, compress
+from llmcompressor_moe.demo import DEMO_MODEL
+from llmcompressor_moe.inspection import inspect_model
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+# recipe -> (family, how to build it, MoE layers and experts per layer that must be left)
+CASES = {
+    "mixtral-8x7b-layer-drop": ("mixtral", {"num_layers": 10}, [8] * 2),
+    "mixtral-8x7b-block-drop": ("mixtral", {"num_layers": 7}, [8] * 2),
+    "mixtral-8x7b-expert-drop": ("mixtral", {}, [6] * 4),
+    "deepseek-layer-drop": ("deepseek_v2", {"num_layers": 6, "topk_method": "greedy"}, [8]),
+    "deepseek-block-drop": ("deepseek_v2", {"num_layers": 7, "topk_method": "greedy"}, None),
+    "deepseek-expert-drop": ("deepseek_v2", {"num_experts": 64, "topk_method": "greedy"}, [48] * 3),
+    "reap": ("olmoe", {}, [4] * 4),
+    "combined-w4a16": (
+        "qwen3_moe",
+        {"num_layers": 8, "moe_intermediate_size": 128, "hidden_size": 128},
+        [6] * 7,
+    ),
+}
+
+
+def apply(name: str, model: Path, output: Path, dataset: str | Path) -> CompressionSummary:
+    return compress(model, RECIPES / f"{name}.yaml", dataset, output, num_samples=4, sequence_length=16)
+
+
+def text(directory: Path) -> Path:
+    path = directory / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"t{3 + (i * d) % 100}" for i in range(40)) for d in range(1, 5)))
+    return path
+
+
+def test_every_recipe_is_tried():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*CASES, "demo"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recipe(name, tmp_path):
+    family, options, left = CASES[name]
+    model = support.saved(family, tmp_path, **options)
+    summary = apply(name, model, tmp_path / "out", text(tmp_path))
+    assert summary.check.ok
+    assert summary.parameters_after < summary.parameters_before
+    if left is not None:
+        assert [layer.experts for layer in inspect_model(tmp_path / "out").moe_layers] == left
+    if name == "combined-w4a16":
+        assert_experts_and_nothing_else_is_packed(tmp_path / "out", 7 * 6)
+
+
+def assert_experts_and_nothing_else_is_packed(directory: Path, experts: int) -> None:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    packed = {name for name in names if name.endswith(".weight_packed")}
+    plain = {name for name in names if name.endswith(".weight")}
+    assert len(packed) == 3 * experts
+    assert all(".experts." in name for name in packed)
+    assert "lm_head.weight" in plain
+    assert not any(".experts." in name for name in plain)
+
+
+def test_demo_recipe_does_all_four(tmp_path):
+    summary = apply("demo", DEMO_MODEL, tmp_path / "out", "demo")
+    assert [report.modifier for report in summary.reports] == [
+        "BlockDropModifier",
+        "LayerDropModifier",
+        "ExpertDropModifier",
+    ]
+    assert summary.needs_plugin
+    assert summary.check.ok
+    assert summary.bytes_after < 0.5 * summary.bytes_before
