@@ -1,6 +1,7 @@
 """What a command shows of the logs underneath it."""
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,16 +23,20 @@ def logs(verbose: bool) -> Iterator[None]:
         sys.stderr, level="INFO" if verbose else "WARNING", format=_line, filter=None if verbose else _matters
     )
     before = transformers_logging.get_verbosity()
+    tensors = logging.getLogger("compressed_tensors")
+    level = tensors.level
     bars = datasets.are_progress_bars_disabled()
     try:
         with warnings.catch_warnings():
             if not verbose:
                 transformers_logging.set_verbosity_error()
                 datasets.disable_progress_bars()
+                tensors.setLevel(logging.ERROR)
                 warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(before)
+        tensors.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
         configure_logger()

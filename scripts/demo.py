@@ -1,0 +1,186 @@
+"""What `make demo` runs: compress the bundled model, check, reload, serve with vLLM, print one table.
+
+    .venv/bin/python scripts/demo.py [OUTPUT]
+
+OUTPUT is out/demo unless told. Quantized experts have no kernel on most CPUs, so the same drops without
+quantization are made as well, and that checkpoint is what vLLM serves here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmcompressor_moe import load_trimmed_moe
+from llmcompressor_moe.cli.compress import render
+from llmcompressor_moe.cli.logs import logs
+from llmcompressor_moe.compression import CompressionSummary, compress
+from llmcompressor_moe.demo import DEMO_MODEL, heldout_rows
+from llmcompressor_moe.evaluation import perplexity
+from llmcompressor_moe.inspection import inspect_model
+from llmcompressor_moe.sizes import bytes_text, count_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "demo.yaml"
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS, REPEATS = 16, 32, 128, 3
+
+
+@dataclass
+class Column:
+    """One model of the table; None where nothing was measured.
+
+    :param perplexity: held-out text, transformers
+    :param served_perplexity: the same in vLLM
+    :param tokens_per_second: generated in vLLM
+    """
+
+    name: str
+    nbytes: int
+    parameters: int
+    active: int
+    perplexity: float
+    served_perplexity: float | None = None
+    tokens_per_second: float | None = None
+
+
+def without_quantization(recipe: Path, target: Path) -> Path:
+    """The same recipe with its drops only."""
+    content = yaml.safe_load(recipe.read_text())
+    modifiers = content["default_stage"]["default_modifiers"]
+    content["default_stage"]["default_modifiers"] = {
+        name: fields for name, fields in modifiers.items() if name.endswith("DropModifier")
+    }
+    target.write_text(yaml.safe_dump(content, sort_keys=False))
+    return target
+
+
+def make(recipe: Path, target: Path, console: Console) -> CompressionSummary:
+    """One compression, told step by step."""
+    console.rule(f"{recipe.name} -> {target.name}", align="left")
+    with logs(verbose=False):
+        summary = compress(
+            DEMO_MODEL,
+            recipe,
+            "demo",
+            target,
+            num_samples=64,
+            sequence_length=256,
+            announce=lambda step: console.print(f"- {step}", style="cyan", highlight=False),
+        )
+    render(summary, console)
+    return summary
+
+
+def measure(name: str, path: Path, rows: torch.Tensor) -> Column:
+    """Reload a checkpoint in transformers and measure it."""
+    with load_trimmed_moe():
+        model = AutoModelForCausalLM.from_pretrained(path)
+    inspection = inspect_model(path)
+    return Column(
+        name=name,
+        nbytes=inspection.on_disk,
+        parameters=inspection.parameters,
+        active=inspection.active_parameters,
+        perplexity=perplexity(model, rows),
+    )
+
+
+def serve(models: Sequence[Path], rows: torch.Tensor, folder: Path) -> list[dict]:
+    """Measure checkpoints in vLLM, in its own environment.
+
+    :raises RuntimeError: vLLM failed; with the end of its log
+    """
+    request, results, log = folder / "request.json", folder / "results.json", folder / "vllm.log"
+    results.unlink(missing_ok=True)
+    request.write_text(
+        json.dumps(
+            {
+                "models": [str(model) for model in models],
+                "rows": rows.tolist(),
+                "prompts": rows[:PROMPTS, :PROMPT_LENGTH].tolist(),
+                "new_tokens": NEW_TOKENS,
+                "repeats": REPEATS,
+            }
+        )
+    )
+    with log.open("w") as out:
+        command = [VLLM_PYTHON, Path(__file__).with_name("measure_vllm.py"), request, results]
+        code = subprocess.run(command, env=os.environ | VLLM_ENVIRONMENT, stdout=out, stderr=out).returncode
+    if code:
+        raise RuntimeError(f"vLLM ended with code {code}; the end of {log}:\n{log.read_text()[-4000:]}")
+    return json.loads(results.read_text())
+
+
+def table(columns: Sequence[Column]) -> Table:
+    """Before and after, side by side."""
+    shown = Table(title="The bundled demo model, before and after", title_justify="left")
+    shown.add_column("")
+    for column in columns:
+        shown.add_column(column.name, justify="right")
+
+    def row(label: str, texts: list[str]) -> None:
+        shown.add_row(label, *texts)
+
+    row("size on disk", [bytes_text(column.nbytes) for column in columns])
+    row("parameters", [count_text(column.parameters) for column in columns])
+    row("active per token", [count_text(column.active) for column in columns])
+    row("held-out perplexity, transformers", [f"{column.perplexity:.2f}" for column in columns])
+    row("held-out perplexity, vLLM", [_or_dash(column.served_perplexity, ".2f") for column in columns])
+    row("tokens/s, vLLM", [_or_dash(column.tokens_per_second, ".0f") for column in columns])
+    return shown
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main(output: Path) -> None:
+    """Everything, in order."""
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    quantized, unquantized = output / "drops-w4a16", output / "drops"
+    made = make(RECIPE, quantized, console)
+    plain = make(without_quantization(RECIPE, output / "drops.yaml"), unquantized, console)
+    if [report.dropped for report in made.reports] != [report.dropped for report in plain.reports]:
+        raise RuntimeError("the recipe with and the one without quantization dropped different parts")
+    console.rule("reload in transformers", align="left")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    rows = torch.tensor(heldout_rows(tokenizer, 256))
+    named = [("original", DEMO_MODEL), ("drops", unquantized), ("drops + W4A16", quantized)]
+    with logs(verbose=False):
+        columns = [measure(name, path, rows) for name, path in named]
+    console.rule("serve with vLLM (about a minute)", align="left")
+    served = serve([DEMO_MODEL, unquantized], rows, output)
+    for column, result in zip(columns, served, strict=False):
+        column.served_perplexity = result["perplexity"]
+        column.tokens_per_second = result["tokens_per_second"]
+    console.print(table(columns))
+    console.print(
+        "- : most CPUs have no kernel for quantized experts; vLLM serves that checkpoint on GPUs.",
+        highlight=False,
+    )
+    (output / "table.json").write_text(json.dumps([asdict(column) for column in columns], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "demo")
