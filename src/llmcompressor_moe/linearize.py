@@ -8,10 +8,15 @@ from types import SimpleNamespace
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    _build_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-__all__ = ["register_linearizations"]
+__all__ = ["register_linearizations", "restore_checkpoint_names"]
 
 
 class _Llama4TextLinearExperts(Llama4LinearExperts):
@@ -30,3 +35,18 @@ class _Llama4TextLinearExperts(Llama4LinearExperts):
 def register_linearizations() -> None:
     """Make `oneshot` use the classes of this module."""
     LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
+
+
+def restore_checkpoint_names(model: PreTrainedModel, *, fused: bool) -> None:
+    """Undo what `load_quantizable_moe` leaves behind: transformers' table of checkpoint names changed for a whole family.
+
+    Every other model of the family that this process loads or saves would miss its experts.
+
+    :param fused: whether the model's experts are fused again, so that it has to save by the restored names, too
+    """
+    model_type = model.config.model_type
+    original = _build_checkpoint_conversion_mapping().get(model_type)
+    if original is not None:
+        register_checkpoint_conversion_mapping(model_type, original, overwrite=True)
+    if fused:
+        model._weight_conversions = get_model_conversion_mapping(model)

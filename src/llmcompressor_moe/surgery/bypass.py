@@ -94,6 +94,8 @@ def replace_hidden(output: Any, hidden_states: torch.Tensor) -> Any:
 def num_outputs(module_cls: type[nn.Module]) -> int:
     """How many values a module class returns: 1, or the length of the tuple that its forward ends with."""
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(module_cls.forward)))
-    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return) and node.value]
+    values = [
+        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return) and node.value
+    ]
     last = values[-1] if values else None
     return len(last.elts) if isinstance(last, ast.Tuple) else 1

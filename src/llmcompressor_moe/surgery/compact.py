@@ -102,7 +102,11 @@ def _settings(block: nn.Module) -> dict[str, object]:
             # Upstream puts norms of its own in place while it calibrates.
             found[path] = type(module).__name__
         for name, value in module.__dict__.items():
-            if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in _INDEX_NAMES:
+            if (
+                isinstance(value, bool | int | float | str)
+                and not name.startswith("_")
+                and name not in _INDEX_NAMES
+            ):
                 found[f"{path}.{name}"] = value
     ignored = ("training", "num_experts", "num_local_experts", "n_routed_experts", "out_features")
     return {key: value for key, value in found.items() if not key.endswith(ignored)}

@@ -64,7 +64,10 @@ def _per_expert_tensors(model: nn.Module, moe: MoELayer) -> Iterator[tuple[nn.Mo
             if any(full == other or full.startswith(f"{other}.") for other in outside):
                 continue
             is_router = moe.router is not None and (full == moe.router or full.startswith(f"{moe.router}."))
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
                 axis = _expert_axis(tensor, moe.num_experts, is_router)
                 if axis is not None:
                     yield module, name, axis

@@ -11,6 +11,7 @@ from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmcompressor_moe.linearize import restore_checkpoint_names
 from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
 
 __all__ = ["repack_experts"]
@@ -21,25 +22,31 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
     """Replace every linearized experts module without quantized weights by the family's fused one, in place.
 
     A model that is not quantized is then what stock transformers builds: it runs on the fast fused kernels, and `save_pretrained`
-    writes the checkpoint names of its family. Experts that upstream loaded as single Linears from the start keep those: their names
-    are the family's own already.
+    writes the checkpoint names of its family.
 
     :return: paths of the modules that were replaced
     """
     replaced = []
+    loaded_linear = False
     for path, experts in get_linearized_moes(model):
+        loaded_linear |= not hasattr(experts, "_source_experts_cls")
         fused_cls = _fused_class(experts)
         if fused_cls is None or _is_quantized(experts):
             continue
         fused = _fuse(experts, fused_cls, text_config(model.config))
         model.set_submodule(path, fused)
         replaced.append(path)
+    if loaded_linear:
+        restore_checkpoint_names(model, fused=bool(replaced))
     return replaced
 
 
 def _fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
-    """The class the experts were linearized from; None when they never were fused."""
-    return getattr(experts, "_source_experts_cls", None)
+    """The class the experts were linearized from, or that upstream loaded them in place of."""
+    source = getattr(experts, "_source_experts_cls", None)
+    if source is not None:
+        return source
+    return {linear: fused for fused, linear in LinearExperts2D._registry.items()}.get(type(experts))
 
 
 def _is_quantized(experts: LinearExperts2D) -> bool:
@@ -103,7 +110,9 @@ def _assign(fused: nn.Module, tensors: dict[str, torch.Tensor], *, transposed: b
     for name, tensor in tensors.items():
         value = tensor.transpose(1, 2).contiguous() if transposed and tensor.ndim == 3 else tensor
         if value.shape != getattr(fused, name).shape:
-            raise TypeError(f"{type(fused).__name__}.{name} is {tuple(getattr(fused, name).shape)}, its experts give {tuple(value.shape)}.")
+            raise TypeError(
+                f"{type(fused).__name__}.{name} is {tuple(getattr(fused, name).shape)}, its experts give {tuple(value.shape)}."
+            )
         setattr(fused, name, nn.Parameter(value, requires_grad=getattr(fused, name).requires_grad))
 
 
@@ -114,5 +123,6 @@ def _splits_into(fused: nn.Module, expert: nn.Module) -> bool:
         parameter.zero_()
     probe.copy_from_experts_module(fused, 0)
     return all(
-        torch.equal(ours, theirs) for ours, theirs in zip(probe.parameters(), expert.parameters(), strict=True)
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(probe.parameters(), expert.parameters(), strict=True)
     )

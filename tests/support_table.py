@@ -1,0 +1,205 @@
+"""What works for which family: found out by doing it, and written to docs/support.md.
+
+    python tests/support_table.py            # writes docs/support.md (several minutes)
+
+`test_families.py` holds every row of that file against what it finds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+import tiny_models
+import torch
+from cut_by_hand import moe_layers, unroutable, zeroed
+from transformers import PreTrainedModel
+
+from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.topology import find_topology
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "support.md"
+COLUMNS = ("Block Drop", "Layer Drop", "Expert Drop", "Expert Drop, uneven", "scores from data")
+# One expert of each half, so that both groups of a group-limited router lose one.
+REMOVED = [2, 5]
+
+# Where llm-compressor itself cannot handle a family, whatever the recipe.
+UPSTREAM_LIMITS = {
+    "ernie4_5_vl_moe": "llm-compressor 0.14 cannot linearize its experts (two widths in one config field)",
+    "minimax_m3_vl_text": "llm-compressor 0.14's linearized experts lack its activation's settings (`swiglu_alpha`)",
+}
+
+# Served by real vLLM with log-probabilities equal to transformers (tests/serving).
+SERVED = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "granitemoe",
+    "gpt_oss",
+    "llama4_text",
+    "deepseek_v2",
+    "deepseek_v3",
+)
+
+
+def row(model_type: str, directory: Path) -> dict[str, str]:
+    """Column -> "yes", or why not. Raises AssertionError where something works, but wrongly."""
+    base = support.saved(model_type, directory)
+    layers = sorted(find_topology(support.load(base)).moe_layers)
+    target, others = layers[1], layers[:2]
+    recipes: dict[str, Callable[[], Any]] = {
+        "Block Drop": lambda: BlockDropModifier(blocks=[target]),
+        "Layer Drop": lambda: LayerDropModifier(layers=[target]),
+        "Expert Drop": lambda: ExpertDropModifier(experts={layer: REMOVED for layer in layers}),
+        "Expert Drop, uneven": lambda: ExpertDropModifier(experts={layer: REMOVED for layer in others[:1]}),
+    }
+    outcome = {}
+    for column, recipe in recipes.items():
+        out = directory / column.replace(" ", "-")
+        outcome[column] = _try(lambda recipe=recipe, out=out: _cut(base, recipe(), out, no_data=True))
+        if outcome[column] == "yes":
+            _hold_against_reference(base, out, model_type, column, target, layers)
+    scored = [ExpertDropModifier(drop_ratio=0.25, criterion="reap")]
+    outcome["scores from data"] = _try(lambda: _cut(base, scored, directory / "scored"))
+    return outcome
+
+
+def _try(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except (ValueError, TypeError, AttributeError) as error:
+        message = str(error)
+    else:
+        return "yes"
+    return message
+
+
+def _cut(base: Path, recipe: Any, out: Path, **options: Any) -> None:
+    model = support.trim(support.load(base), recipe, output_dir=str(out), **options)
+    torch.testing.assert_close(support.logits(support.load(out)), support.logits(model), atol=1e-5, rtol=0)
+
+
+def _hold_against_reference(
+    base: Path, out: Path, model_type: str, column: str, target: int, layers: list[int]
+) -> None:
+    model = support.load(base)
+    moes = {index: model.get_submodule(path) for index, path in moe_layers(model, model_type).items()}
+    affected = layers if column == "Expert Drop" else layers[:1]
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if column == "Block Drop":
+            stack.enter_context(_passed_over(model, target))
+        elif column == "Layer Drop":
+            stack.enter_context(zeroed(moes[target]))
+        else:
+            for layer in affected:
+                stack.enter_context(unroutable(moes[layer], REMOVED, patch))
+        expected = support.logits(model)
+    torch.testing.assert_close(support.logits(support.load(out)), expected, atol=2e-5, rtol=1e-5)
+
+
+@contextmanager
+def _passed_over(model: PreTrainedModel, index: int) -> Iterator[None]:
+    topology = find_topology(model)
+    block = model.get_submodule(topology.blocks[index].name)
+
+    def hook(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def expected_reasons(model_type: str) -> dict[str, str]:
+    """Column -> reason that the product itself gives for refusing, for families that break a rule."""
+    found = exception_for(model_type)
+    reasons = {
+        "Block Drop": found.refuse_block_drop,
+        "Layer Drop": found.refuse_layer_drop or found.refuse_uneven,
+        "Expert Drop": found.refuse_expert_drop,
+        "Expert Drop, uneven": found.refuse_expert_drop or found.refuse_uneven,
+        "scores from data": found.refuse_expert_drop,
+    }
+    return {column: reason for column, reason in reasons.items() if reason}
+
+
+def marks(model_type: str, outcome: dict[str, str]) -> dict[str, str]:
+    """Column -> yes/no, after making sure that every no has its known reason."""
+    reasons = expected_reasons(model_type)
+    limit = UPSTREAM_LIMITS.get(model_type)
+    result = {}
+    for column in COLUMNS:
+        if outcome[column] == "yes":
+            assert column not in reasons, (
+                f"{model_type}: {column} works, the table of exceptions says {reasons[column]}"
+            )
+            result[column] = "yes"
+            continue
+        known = (column in reasons and reasons[column] in outcome[column]) or limit is not None
+        assert known, f"{model_type}: {column}: {outcome[column]}"
+        result[column] = "no"
+    return result
+
+
+def render(rows: dict[str, dict[str, str]]) -> str:
+    """docs/support.md."""
+    import transformers
+
+    lines = [
+        "# Which models work",
+        "",
+        f"Every family of transformers {transformers.__version__} that uses the experts interface, built tiny with random weights and really cut, "
+        "saved, checked and reloaded: logits of the reloaded model equal those of the model in memory, and those of the untouched model "
+        "with the same part silenced. Made by `python tests/support_table.py`; `tests/test_families.py` holds every row.",
+        "",
+        "*Block Drop, Layer Drop, Expert Drop, uneven*: indices named in the recipe. *Scores from data*: Expert Drop chosen by calibration. *vLLM*: served by "
+        "real vLLM with log-probabilities equal to transformers within 1e-4, for every kind of drop (tests/serving); the others are "
+        "not tried there.",
+        "",
+        "| family | " + " | ".join(COLUMNS) + " | vLLM |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    notes = []
+    for model_type, row_marks in sorted(rows.items()):
+        served = "yes" if model_type in SERVED else ""
+        lines.append(
+            f"| `{model_type}` | " + " | ".join(row_marks[column] for column in COLUMNS) + f" | {served} |"
+        )
+        why = sorted(
+            {*expected_reasons(model_type).values(), *filter(None, [UPSTREAM_LIMITS.get(model_type)])}
+        )
+        notes += [f"- `{model_type}`: {reason}." for reason in why]
+    lines += ["", "## Why not", "", *notes, "", "## Not built", ""]
+    lines += [f"- `{name}`: {reason}." for name, reason in sorted(tiny_models.unbuildable().items())]
+    return "\n".join(lines) + "\n"
+
+
+def written_rows() -> dict[str, dict[str, str]]:
+    """The rows of docs/support.md."""
+    rows = {}
+    for line in DOCUMENT.read_text().splitlines():
+        if line.startswith("| `"):
+            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[name.strip("`")] = dict(zip(COLUMNS, cells, strict=False))
+    return rows
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in tiny_models.buildable():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = marks(name, row(name, Path(folder)))
+            print(name, found[name], flush=True)
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(render(found))

@@ -1,0 +1,52 @@
+"""Every family of the installed transformers that uses the experts interface: detected, cut, saved, reloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import support
+import support_table
+import tiny_models
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmcompressor_moe.topology import NotAnMoEError, find_topology
+
+
+@pytest.mark.parametrize("model_type", tiny_models.buildable())
+def test_family_does_what_the_support_table_says(model_type: str, tmp_path: Path) -> None:
+    found = support_table.marks(model_type, support_table.row(model_type, tmp_path))
+    assert found == support_table.written_rows()[model_type]
+
+
+def test_support_table_lists_every_family() -> None:
+    walked = {family.model_type for family in tiny_models.families()}
+    assert walked == {*support_table.written_rows(), *tiny_models.unbuildable()}
+
+
+@pytest.mark.parametrize("model_type", tiny_models.buildable())
+def test_topology_is_found(model_type: str) -> None:
+    model = tiny_models.build(model_type)
+    topology = find_topology(model)
+    assert len(topology.blocks) == 4
+    assert topology.moe_layers
+    for layer in topology.moe_layers.values():
+        assert layer.num_experts == 8
+        assert layer.top_k == 2
+        assert layer.router is not None
+        if not layer.inline:
+            children = {name for name, _ in model.get_submodule(layer.module).named_children()}
+            has_shared = any("shared" in name and "gate" not in name for name in children)
+            assert bool(layer.shared_experts) == has_shared
+
+
+def test_dense_model_is_told_apart() -> None:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=support.VOCAB,
+    )
+    with pytest.raises(NotAnMoEError, match="no MoE layer"):
+        find_topology(LlamaForCausalLM(config))
