@@ -3,11 +3,10 @@
     python measure_vllm.py REQUEST.json RESULTS.json
 
     request   {"models": [path, ...], "rows": [[token id, ...], ...], "prompts": [[token id, ...], ...],
-               "new_tokens": int, "repeats": int}
-    results   [{"perplexity": float, "tokens_per_second": float}, ...]
+    "new_tokens": int, "repeats": int} results   [{"perplexity": float, "tokens_per_second": float}, ...]
 
-The perplexity is that of `rows`, each predicted from its start; generation is greedy, all prompts at once, and
-the fastest of the repeats counts, after one that warms up.
+The perplexity is that of `rows`, each predicted from its start; generation is greedy, all prompts at once,
+and the fastest of the repeats counts, after one that warms up.
 """
 
 import gc

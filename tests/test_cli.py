@@ -191,7 +191,7 @@ def test_python_and_command_line_do_the_same(model, text, tmp_path):
         (LAYER_DROP.replace("Modifier:", ":"), "no modifier 'LayerDrop'; there are"),
         (LAYER_DROP.replace("1", "0"), "num_drop=0 must be at least 1"),
         (LAYER_DROP.replace("1", "two"), "num_drop='two'"),
-        ("default_stage: {default_modifiers: {LayerDropModifier: {number: 2}}}", "number"),
+        ("default_stage: {default_modifiers: {LayerDropModifier: {number: 2}}}", "number=2"),
         ("default_stage: {default_modifiers: {LayerDropModifier: {}}}", "exactly one of num_drop"),
     ],
 )
