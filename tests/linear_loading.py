@@ -1,7 +1,7 @@
 """Trim a model that `load_quantizable_moe` loaded: run as a script, in a process of its own.
 
-That way of loading imports every model of transformers, some of which want torchvision, which has no CPU build here: a
-stand-in is enough, nothing of it is called.
+That way of loading imports every model of transformers, some of which want torchvision, which has no CPU
+build here: a stand-in is enough, nothing of it is called.
 
     python tests/linear_loading.py BASE OUT LOGITS
 """

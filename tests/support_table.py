@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,8 @@ REMOVED = [2, 5]
 # Where llm-compressor itself cannot handle a family, whatever the recipe.
 UPSTREAM_LIMITS = {
     "ernie4_5_vl_moe": "llm-compressor 0.14 cannot linearize its experts (two widths in one config field)",
-    "minimax_m3_vl_text": "llm-compressor 0.14's linearized experts lack its activation's settings (`swiglu_alpha`)",
+    "minimax_m3_vl_text": "llm-compressor 0.14's linearized experts lack its activation's settings "
+    "(`swiglu_alpha`)",
 }
 
 # Served by real vLLM with log-probabilities equal to transformers (tests/serving).
@@ -55,8 +57,9 @@ def row(model_type: str, directory: Path) -> dict[str, str]:
     base = support.saved(model_type, directory)
     layers = sorted(find_topology(support.load(base)).moe_layers)
     target, others = layers[1], layers[:2]
+    blocks = list(range(target, target + exception_for(model_type).position_period))
     recipes: dict[str, Callable[[], Any]] = {
-        "Block Drop": lambda: BlockDropModifier(blocks=[target]),
+        "Block Drop": lambda: BlockDropModifier(blocks=blocks),
         "Layer Drop": lambda: LayerDropModifier(layers=[target]),
         "Expert Drop": lambda: ExpertDropModifier(experts={layer: REMOVED for layer in layers}),
         "Expert Drop, uneven": lambda: ExpertDropModifier(experts={layer: REMOVED for layer in others[:1]}),
@@ -66,7 +69,7 @@ def row(model_type: str, directory: Path) -> dict[str, str]:
         out = directory / column.replace(" ", "-")
         outcome[column] = _try(lambda recipe=recipe, out=out: _cut(base, recipe(), out, no_data=True))
         if outcome[column] == "yes":
-            _hold_against_reference(base, out, model_type, column, target, layers)
+            _hold_against_reference(base, out, model_type, column, blocks, layers)
     scored = [ExpertDropModifier(drop_ratio=0.25, criterion="reap")]
     outcome["scores from data"] = _try(lambda: _cut(base, scored, directory / "scored"))
     return outcome
@@ -88,21 +91,24 @@ def _cut(base: Path, recipe: Any, out: Path, **options: Any) -> None:
 
 
 def _hold_against_reference(
-    base: Path, out: Path, model_type: str, column: str, target: int, layers: list[int]
+    base: Path, out: Path, model_type: str, column: str, blocks: list[int], layers: list[int]
 ) -> None:
     model = support.load(base)
     moes = {index: model.get_submodule(path) for index, path in moe_layers(model, model_type).items()}
     affected = layers if column == "Expert Drop" else layers[:1]
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if column == "Block Drop":
-            stack.enter_context(_passed_over(model, target))
+            for index in blocks:
+                stack.enter_context(_passed_over(model, index))
         elif column == "Layer Drop":
-            stack.enter_context(zeroed(moes[target]))
+            stack.enter_context(zeroed(moes[blocks[0]]))
         else:
             for layer in affected:
                 stack.enter_context(unroutable(moes[layer], REMOVED, patch))
         expected = support.logits(model)
-    torch.testing.assert_close(support.logits(support.load(out)), expected, atol=2e-5, rtol=1e-5)
+    tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
+    # Random models amplify rounding from block to block; a wrong cut changes logits by more than 1e-2.
+    torch.testing.assert_close(support.logits(support.load(out)), expected, atol=20 * tolerance, rtol=0)
 
 
 @contextmanager
@@ -159,12 +165,17 @@ def render(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Which models work",
         "",
-        f"Every family of transformers {transformers.__version__} that uses the experts interface, built tiny with random weights and really cut, "
-        "saved, checked and reloaded: logits of the reloaded model equal those of the model in memory, and those of the untouched model "
-        "with the same part silenced. Made by `python tests/support_table.py`; `tests/test_families.py` holds every row.",
+        f"Every family of transformers {transformers.__version__} that uses the experts interface, built "
+        f"tiny with random weights and really cut, "
+        "saved, checked and reloaded: logits of the reloaded model equal those of the model in memory, and "
+        "those of the untouched model "
+        "with the same part silenced. Made by `python tests/support_table.py`; `tests/test_families.py` "
+        "holds every row.",
         "",
-        "*Block Drop, Layer Drop, Expert Drop, uneven*: indices named in the recipe. *Scores from data*: Expert Drop chosen by calibration. *vLLM*: served by "
-        "real vLLM with log-probabilities equal to transformers within 1e-4, for every kind of drop (tests/serving); the others are "
+        "*Block Drop, Layer Drop, Expert Drop, uneven*: indices named in the recipe. *Scores from data*: "
+        "Expert Drop chosen by calibration. *vLLM*: served by "
+        "real vLLM with log-probabilities equal to transformers within 1e-4, for every kind of drop "
+        "(tests/serving); the others are "
         "not tried there.",
         "",
         "| family | " + " | ".join(COLUMNS) + " | vLLM |",
@@ -196,10 +207,17 @@ def written_rows() -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    found = {}
+    found, wrong = {}, []
     for name in tiny_models.buildable():
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = marks(name, row(name, Path(folder)))
+            try:
+                found[name] = marks(name, row(name, Path(folder)))
+            except AssertionError as error:
+                wrong.append(name)
+                print(name, "WRONG", error, flush=True)
+                continue
             print(name, found[name], flush=True)
+    if wrong:
+        sys.exit(f"Wrong: {wrong}. docs/support.md stays as it was.")
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text(render(found))

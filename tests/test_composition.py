@@ -1,4 +1,6 @@
-"""Our modifiers with each other and with upstream's, in any order, under both pipelines: run, check, reload equal."""
+"""Our modifiers with each other and with upstream's, in any order, under both pipelines: run, check, reload
+equal.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def w4a16() -> dict[str, QuantizationScheme]:
 UPSTREAM: dict[str, Callable[[], object]] = {
     "quantization": lambda: QuantizationModifier(config_groups=w4a16(), ignore=["lm_head"]),
     "gptq": lambda: GPTQModifier(config_groups=w4a16(), ignore=["lm_head"], block_size=32),
-    "sparsegpt": lambda: SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=[EXPERTS], block_size=32),
+    "sparsegpt": lambda: SparseGPTModifier(
+        sparsity=0.5, mask_structure="2:4", targets=[EXPERTS], block_size=32
+    ),
     "wanda": lambda: WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[EXPERTS]),
     "reap": lambda: REAPPruningModifier(sparsity=0.25),
 }

@@ -1,4 +1,4 @@
-"""Every family of the installed transformers that uses the experts interface: detected, cut, saved, reloaded."""
+"""Every family of transformers that uses the experts interface: detected, cut, saved, reloaded."""
 
 from __future__ import annotations
 

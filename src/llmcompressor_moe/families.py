@@ -18,21 +18,38 @@ class FamilyException:
     :param refuse_layer_drop: reason why an MoE layer of this family cannot be dropped, if so
     :param refuse_expert_drop: reason why experts of this family cannot be dropped, if so
     :param refuse_block_drop: reason why blocks of this family cannot be dropped, if so
-    :param refuse_uneven: reason why layers of this family must all keep the same number of experts and none be dropped, if so
+    :param refuse_uneven: reason why layers of this family must all keep the same number of experts and none
+        be dropped, if so
+    :param position_period: readers take a block's kind of attention from its index modulo this, whatever the
+        config lists; blocks may only move by multiples of it
     """
 
     refuse_layer_drop: str | None = None
     refuse_expert_drop: str | None = None
     refuse_block_drop: str | None = None
     refuse_uneven: str | None = None
+    position_period: int = 1
 
 
 _READS_COUNT_ITSELF = (
-    "its config class reads the expert count of the whole model while it is built, which a config with per-layer counts forbids"
+    "its config class reads the expert count of the whole model while it is built, which a config with "
+    "per-layer counts forbids"
 )
 _IN_THE_BLOCK = (
-    "its router and experts stand directly in the block, beside a dense layer, and its config derives per-layer attention shapes "
-    "that a cut would have to rewrite"
+    "its router and experts stand directly in the block, beside a dense layer, and its config derives "
+    "per-layer attention shapes that a cut would have to rewrite"
+)
+_TOKEN_TABLE = (
+    "the routers of its first layers assign experts to token ids by a fixed table, which has no meaning "
+    "for other experts"
+)
+_ONE_MATRIX = "its router scores routed and shared experts with one matrix, which this version does not cut"
+_SKIP_CLASS = (
+    "its router has one output more than there are experts, for skipping, which this version does not cut"
+)
+_PLACE_MATTERS = (
+    "the decay of its linear attention depends on a block's place among all blocks, so every block after "
+    "a dropped one would compute something else"
 )
 
 _EXCEPTIONS: dict[str, FamilyException] = {
@@ -40,19 +57,12 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     "qwen4_exp_text": FamilyException(refuse_uneven=_READS_COUNT_ITSELF),
     "gemma4_text": FamilyException(_IN_THE_BLOCK, _IN_THE_BLOCK, _IN_THE_BLOCK),
     "diffusion_gemma_text": FamilyException(_IN_THE_BLOCK, _IN_THE_BLOCK, _IN_THE_BLOCK),
-    "deepseek_v4": FamilyException(
-        refuse_expert_drop="the routers of its first layers assign experts to token ids by a fixed table, which has no meaning for other experts"
-    ),
-    "inkling_text": FamilyException(
-        refuse_expert_drop="its router scores routed and shared experts with one matrix, which this version does not cut"
-    ),
-    "zaya": FamilyException(
-        refuse_expert_drop="its router has one output more than there are experts, for skipping, which this version does not cut"
-    ),
-    "minimax": FamilyException(
-        refuse_block_drop="the decay of its linear attention depends on a block's place among all blocks, so every block after a dropped "
-        "one would compute something else"
-    ),
+    "deepseek_v4": FamilyException(refuse_expert_drop=_TOKEN_TABLE),
+    "inkling_text": FamilyException(refuse_expert_drop=_ONE_MATRIX),
+    "zaya": FamilyException(refuse_expert_drop=_SKIP_CLASS),
+    # vLLM 0.32 slides every other block, whatever `layer_types` says.
+    "gpt_oss": FamilyException(position_period=2),
+    "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),
 }
 
 

@@ -1,4 +1,4 @@
-"""Widen llm-compressor's linearization of experts where it stops short of a model that it otherwise supports."""
+"""Widen llm-compressor's linearization of experts where it stops short of a model it supports otherwise."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def register_linearizations() -> None:
 
 
 def restore_checkpoint_names(model: PreTrainedModel, *, fused: bool) -> None:
-    """Undo what `load_quantizable_moe` leaves behind: transformers' table of checkpoint names changed for a whole family.
+    """Undo what `load_quantizable_moe` leaves behind: transformers' table of checkpoint names changed for a
+    whole family.
 
     Every other model of the family that this process loads or saves would miss its experts.
 
-    :param fused: whether the model's experts are fused again, so that it has to save by the restored names, too
+    :param fused: whether the model's experts are fused again, so that it has to save by the restored names,
+        too
     """
     model_type = model.config.model_type
     original = _build_checkpoint_conversion_mapping().get(model_type)

@@ -35,7 +35,9 @@ def amount_of(num_drop: int | None, drop_ratio: float | None, total: int, what: 
     if num_drop is None:
         num_drop = int(total * drop_ratio + 1e-9)
         if num_drop < 1:
-            raise ValueError(f"drop_ratio={drop_ratio} of {total} {what} drops none; use at least {1 / total:.3g}.")
+            raise ValueError(
+                f"drop_ratio={drop_ratio} of {total} {what} drops none; use at least {1 / total:.3g}."
+            )
     if num_drop >= total:
         raise ValueError(f"num_drop={num_drop} would drop all {total} {what}; at least one must stay.")
     return num_drop
@@ -58,19 +60,30 @@ def parts_to_drop(
     :raises ValueError: fewer unprotected parts than ``count``, or the threshold would take every part
     """
     sign = -1.0 if drop_highest else 1.0
-    order = sorted((index for index in scores if index not in protect), key=lambda index: (sign * scores[index], index))
+    order = sorted(
+        (index for index in scores if index not in protect), key=lambda index: (sign * scores[index], index)
+    )
     if threshold is not None:
         chosen = [index for index in order if sign * scores[index] < sign * threshold]
         if len(chosen) == len(scores):
-            raise ValueError(f"threshold={threshold} would drop all {len(scores)} parts; at least one must stay.")
+            raise ValueError(
+                f"threshold={threshold} would drop all {len(scores)} parts; at least one must stay."
+            )
         return sorted(chosen)
     if count is None or len(order) < count:
-        raise ValueError(f"{count} parts are to be dropped, but only {len(order)} are not protected: lower the amount.")
+        raise ValueError(
+            f"{count} parts are to be dropped, but only {len(order)} are not protected: lower the amount."
+        )
     return sorted(order[:count])
 
 
 def run_to_drop(
-    run_scores: Mapping[int, float], blocks: Sequence[int], length: int, *, drop_highest: bool, protect: Collection[int]
+    run_scores: Mapping[int, float],
+    blocks: Sequence[int],
+    length: int,
+    *,
+    drop_highest: bool,
+    protect: Collection[int],
 ) -> list[int]:
     """Choose the best run of ``length`` neighbouring blocks.
 
@@ -85,16 +98,25 @@ def run_to_drop(
         if not set(blocks[positions[first] : positions[first] + length]) & set(protect)
     }
     if not runs:
-        raise ValueError(f"No run of {length} neighbouring blocks is free of the protected ones {sorted(protect)}.")
+        raise ValueError(
+            f"No run of {length} neighbouring blocks is free of the protected ones {sorted(protect)}."
+        )
     sign = -1.0 if drop_highest else 1.0
     best = min(runs, key=lambda first: (sign * run_scores[first], first))
     return list(runs[best])
 
 
 def longest_run_beyond(
-    scores: Mapping[int, float], blocks: Sequence[int], threshold: float, *, drop_highest: bool, protect: Collection[int]
+    scores: Mapping[int, float],
+    blocks: Sequence[int],
+    threshold: float,
+    *,
+    drop_highest: bool,
+    protect: Collection[int],
 ) -> list[int]:
-    """The longest run of neighbouring blocks that are all beyond ``threshold``; of equally long ones the first."""
+    """The longest run of neighbouring blocks that are all beyond ``threshold``; of equally long ones the
+    first.
+    """
     beyond = set(parts_to_drop(scores, threshold=threshold, drop_highest=drop_highest, protect=protect))
     best: list[int] = []
     run: list[int] = []
@@ -112,11 +134,13 @@ def experts_to_drop(
     scope: Scope,
     total: int | None = None,
 ) -> dict[int, list[int]]:
-    """Choose experts, lowest scores first; an expert without a score (it saw no token) goes before all others.
+    """Choose experts, lowest scores first; an expert without a score (it saw no token) goes before all
+    others.
 
-    Layer scope takes ``per_layer`` from every layer. Global scope pools all layers, unnormalised, and takes as many in all
-    (arXiv 2406.02500, Expert Drop), never leaving a layer with fewer experts than its floor. A group-limited router loses the same number
-    in each of its groups, so there experts go in rounds: each round takes every group's lowest.
+    Layer scope takes ``per_layer`` from every layer. Global scope pools all layers, unnormalised, and takes
+    as many in all (arXiv 2406.02500, Expert Drop), never leaving a layer with fewer experts than its floor. A
+    group-limited router loses the same number in each of its groups, so there experts go in rounds: each
+    round takes every group's lowest.
 
     :param scores: layer -> score per expert
     :param rooms: layer -> what it allows
@@ -145,11 +169,13 @@ def experts_to_drop(
         if room >= wanted:
             groups = max(r.num_groups for r in rooms.values())
             raise ValueError(
-                f"{wanted} experts are to be dropped in all, but the routers limit the choice to {groups} groups, and every group "
+                f"{wanted} experts are to be dropped in all, but the routers limit the choice to {groups} "
+                f"groups, and every group "
                 f"must lose the same number: use a multiple of {groups}."
             )
         raise ValueError(
-            f"{wanted} experts are to be dropped in all, but the floors allow {room}: lower the amount or min_experts."
+            f"{wanted} experts are to be dropped in all, but the floors allow {room}: lower the amount or "
+            f"min_experts."
         )
     return {
         layer: sorted(expert for _, experts in rounds[layer][:count] for expert in experts)
@@ -176,12 +202,14 @@ def _rounds(scores: Sequence[float | None], num_groups: int) -> list[tuple[float
 def _take(rounds: list[tuple[float, list[int]]], layer: int, room: ExpertRoom, count: int) -> list[int]:
     if count % room.num_groups:
         raise ValueError(
-            f"num_drop={count} in layer {layer}: its router limits the choice to {room.num_groups} groups, and every group must lose "
+            f"num_drop={count} in layer {layer}: its router limits the choice to {room.num_groups} groups, "
+            f"and every group must lose "
             f"the same number of experts. Use a multiple of {room.num_groups}."
         )
     if room.num_experts - count < room.floor:
         raise ValueError(
-            f"num_drop={count} would leave layer {layer} with {room.num_experts - count} of {room.num_experts} experts; "
+            f"num_drop={count} would leave layer {layer} with {room.num_experts - count} of "
+            f"{room.num_experts} experts; "
             f"it needs at least {room.floor}. Drop at most {room.num_experts - room.floor}."
         )
     return sorted(expert for _, experts in rounds[: count // room.num_groups] for expert in experts)

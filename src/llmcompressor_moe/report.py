@@ -1,4 +1,6 @@
-"""The record of one drop: what was scored, what went, what stayed. It is also the plan that can be applied again."""
+"""The record of one drop: what was scored, what went, what stayed. It is also the plan that can be applied
+again.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ class DropReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     modifier: str
-    scores: dict[int, float | None | list[float | None]]
+    scores: dict[int, float | list[float | None] | None]
     dropped: list[int] | dict[int, list[int]]
     kept: list[int] | dict[int, list[int]]
     base_model: str = ""
@@ -62,7 +64,9 @@ class DropReport(BaseModel):
         except ValidationError as error:
             raise PlanFileError(f"plan_path={str(path)!r} is not a saved plan: {error}") from error
 
-    def check_fits(self, modifier: str, model_type: str, num_blocks: int, num_experts: dict[int, int]) -> None:
+    def check_fits(
+        self, modifier: str, model_type: str, num_blocks: int, num_experts: dict[int, int]
+    ) -> None:
         """Make sure that this plan was made by this kind of modifier for such a model.
 
         :raises PlanFileError: names what differs
@@ -74,4 +78,7 @@ class DropReport(BaseModel):
             ("num_experts", self.num_experts, num_experts),
         ):
             if ours and ours != theirs:
-                raise PlanFileError(f"The plan was made for another model or modifier: its {name} is {ours!r}, here it is {theirs!r}.")
+                raise PlanFileError(
+                    f"The plan was made for another model or modifier: its {name} is {ours!r}, here it is "
+                    f"{theirs!r}."
+                )

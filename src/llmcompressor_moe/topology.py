@@ -1,7 +1,8 @@
 """Find blocks, MoE layers, routers, experts and shared experts in any transformers model, by structure.
 
-The anchor is the experts interface of transformers 5 (``@use_experts_implementation``) or, inside ``oneshot``, the
-linearized experts that llm-compressor puts in its place. Everything else follows from where those modules stand.
+The anchor is the experts interface of transformers 5 (``@use_experts_implementation``) or, inside
+``oneshot``, the linearized experts that llm-compressor puts in its place. Everything else follows from where
+those modules stand.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class NotAnMoEError(ValueError):
 class MoELayer:
     """One MoE layer, as module paths from the model's root.
 
-    :param module: the whole MoE layer (router, experts, shared experts); the block itself where the family keeps
-        router and experts directly in the block, see ``inline``
+    :param module: the whole MoE layer (router, experts, shared experts); the block itself where the family
+        keeps router and experts directly in the block, see ``inline``
     :param experts: the module that holds the routed experts
     :param router: the module that scores the experts
     :param shared_experts: modules inside the MoE layer that every token passes
@@ -121,8 +122,8 @@ def find_topology(model: PreTrainedModel) -> Topology:
     """Find the blocks of a model and, in each, the MoE layer.
 
     :param model: any transformers model, on any device (meta as well), linearized or not
-    :raises NotAnMoEError: no module of the model follows the experts interface, or MoE layers stand in more than
-        one stack of blocks
+    :raises NotAnMoEError: no module of the model follows the experts interface, or MoE layers stand in more
+        than one stack of blocks
     """
     config = text_config(model.config)
     by_stack: dict[str, dict[int, str]] = {}
@@ -133,19 +134,25 @@ def find_topology(model: PreTrainedModel) -> Topology:
             by_stack.setdefault(stack, {})[index] = path
     if not by_stack:
         raise NotAnMoEError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) has no MoE layer: none of its modules follows the "
+            f"{type(model).__name__} (model_type {config.model_type!r}) has no MoE layer: none of its "
+            f"modules follows the "
             "experts interface of transformers 5. These modifiers trim Mixture-of-Experts models only; for a "
             "dense model use llm-compressor's own modifiers, and for a custom MoE wrap its experts with "
             "`use_experts_implementation`."
         )
     if len(by_stack) > 1:
         raise NotAnMoEError(
-            f"{type(model).__name__} has MoE layers in several stacks of blocks ({', '.join(sorted(by_stack))}); "
+            f"{type(model).__name__} has MoE layers in several stacks of blocks "
+            f"({', '.join(sorted(by_stack))}); "
             "pass the sub-model that is to be trimmed."
         )
     ((stack, experts_of),) = by_stack.items()
     blocks = tuple(
-        Block(int(index), f"{stack}.{index}", _moe_layer(model, config, f"{stack}.{index}", experts_of.get(int(index))))
+        Block(
+            int(index),
+            f"{stack}.{index}",
+            _moe_layer(model, config, f"{stack}.{index}", experts_of.get(int(index))),
+        )
         for index, _ in model.get_submodule(stack).named_children()
     )
     return Topology(model_type=config.model_type, stack=stack, blocks=blocks)
@@ -160,7 +167,9 @@ def _place_in_stack(model: nn.Module, path: str) -> tuple[str, int] | None:
     return None
 
 
-def _moe_layer(model: nn.Module, config: PreTrainedConfig, block: str, experts_path: str | None) -> MoELayer | None:
+def _moe_layer(
+    model: nn.Module, config: PreTrainedConfig, block: str, experts_path: str | None
+) -> MoELayer | None:
     if experts_path is None:
         return None
     module_path, _, experts_name = experts_path.rpartition(".")

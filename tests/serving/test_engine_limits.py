@@ -55,7 +55,11 @@ REFUSED = {
         "Layer 2: `num_local_experts: 6` cannot be honoured",
     ),
     # vLLM finds this one itself: the router in the checkpoint has eight rows.
-    "config that lies": ({"2": {"num_local_experts": 6}}, {}, "layers.2"),
+    "config that lies": (
+        {"2": {"num_local_experts": 6}},
+        {},
+        "Tried to load weights of size torch.Size([8, 64])",
+    ),
 }
 
 

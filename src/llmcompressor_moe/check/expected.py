@@ -4,6 +4,7 @@ checkpoint's own names and shapes by the same reversal that `save_pretrained` us
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
+    conversion_mapping,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -187,6 +189,27 @@ def lay_out(config: ReadConfig) -> ExpectedModel | None:
     if cls is None:
         return None
     model = build_meta(config, cls)
+    with _own_mappings():
+        return _lay_out(config, model)
+
+
+@contextlib.contextmanager
+def _own_mappings() -> Iterator[None]:
+    """The architectures' own conversion mappings, whoever has overwritten them in this process.
+
+    llm-compressor's load_quantizable_moe() registers its own for good.
+    """
+    current = conversion_mapping._checkpoint_conversion_mapping_cache
+    conversion_mapping._checkpoint_conversion_mapping_cache = (
+        current or {}
+    ) | conversion_mapping._build_checkpoint_conversion_mapping()
+    try:
+        yield
+    finally:
+        conversion_mapping._checkpoint_conversion_mapping_cache = current
+
+
+def _lay_out(config: ReadConfig, model: PreTrainedModel) -> ExpectedModel:
     state, tied = _saved_state(model)
     naming = _Naming(model)
     native = revert_weight_conversion(model, {k: v for k, v in state.items() if k not in tied})

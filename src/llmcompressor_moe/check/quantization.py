@@ -2,7 +2,9 @@
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from compressed_tensors.config import CompressionFormat
 
 from llmcompressor_moe.check.comparison import Comparison, PerLayer, kind_of
 from llmcompressor_moe.check.demand import FLOATS, Demand
@@ -161,23 +163,41 @@ def check_moe_layers(expected: ExpectedModel, demand: Demand, schemes: Schemes, 
             layers.warning(
                 "quant-fused-family",
                 layer,
-                "this architecture stores its experts fused: transformers cannot load single quantized ones "
-                "and runs random experts",
-                "serve it with a vLLM whose model class reads single experts, and compare outputs first",
+                "this architecture stores its experts fused: transformers alone cannot load single quantized "
+                "ones and runs random experts",
+                "load it inside load_trimmed_moe(); serve it with a vLLM that reads this model's single "
+                "experts",
             )
     layers.report()
-    if len(seen) > 1:
-        what = (
-            "leaves the plain ones out and runs random experts"
-            if "plain" in seen
-            else "decompresses all experts by one scheme"
-        )
+    for reason in _beyond_transformers(expected, demand, schemes, seen):
         findings.warning(
-            "transformers-one-expert-scheme",
+            "transformers-experts",
             FIELD,
-            f"MoE layers differ in scheme ({'; '.join(sorted(seen))}): vLLM reads them, transformers {what}",
-            "serve with vLLM, or give all MoE layers one scheme",
+            f"vLLM reads these experts, transformers alone does not: it {reason}",
+            "serve with vLLM; in transformers load it inside load_trimmed_moe()",
         )
+
+
+def _beyond_transformers(
+    expected: ExpectedModel, demand: Demand, schemes: Schemes, kinds: set[str]
+) -> Iterator[str]:
+    """What transformers 5.17 does wrong with experts that it has to stack while it decompresses them."""
+    groups = {
+        group
+        for layer, found in demand.expert_groups.items()
+        if layer not in expected.fused_experts
+        for group in found.values()
+    }
+    if None in groups:
+        yield "leaves the plain experts of a compressed checkpoint out and runs random ones"
+    if len(kinds - {"plain"}) > 1:
+        yield f"decompresses all experts by one scheme ({'; '.join(sorted(kinds - {'plain'}))})"
+    for group in sorted(groups - {None}):
+        weights, form = schemes.schemes[group].weights, schemes.format_of(group)
+        packed = form is CompressionFormat.pack_quantized and weights.symmetric
+        if not packed and not (weights.type == "float" and weights.num_bits == 8):
+            zero_points = "" if weights.symmetric else " with zero points"
+            yield f"cannot decompress {form.value} experts{zero_points}"
 
 
 def _identity(schemes: Schemes, group: int | None) -> str:

@@ -33,12 +33,15 @@ def check_can_write(target: str | Path) -> None:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise OutputDirectoryError(f"output {str(target)!r}: {str(directory)!r} cannot be written ({error.strerror}).") from error
+            raise OutputDirectoryError(
+                f"output {str(target)!r}: {str(directory)!r} cannot be written ({error.strerror})."
+            ) from error
 
 
 @contextlib.contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """A temporary sibling of ``target`` that takes its place when the context ends well, and goes when it does not.
+    """A temporary sibling of ``target`` that takes its place when the context ends well, and goes when it
+    does not.
 
     :raises OutputDirectoryError: the target cannot be written
     """
@@ -54,7 +57,8 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
         _swap(temporary, target)
     except OSError as error:
         raise OutputDirectoryError(
-            f"Saving to {str(target)!r} failed ({error}); the directory is as it was before. Free space or choose another directory and "
+            f"Saving to {str(target)!r} failed ({error}); the directory is as it was before. Free space or "
+            f"choose another directory and "
             "call save_pretrained again: the model is still in memory."
         ) from error
     finally:

@@ -13,7 +13,9 @@ from llmcompressor_moe.surgery.config import per_layer_overrides
 __all__ = ["write_model_card"]
 
 
-def write_model_card(directory: Path, config: PreTrainedConfig, history: Sequence[DropReport], recipe: str) -> None:
+def write_model_card(
+    directory: Path, config: PreTrainedConfig, history: Sequence[DropReport], recipe: str
+) -> None:
     """Write README.md into a checkpoint directory.
 
     :param history: what each modifier did, in order
@@ -25,11 +27,26 @@ def write_model_card(directory: Path, config: PreTrainedConfig, history: Sequenc
     lines = ["---"]
     if base and not Path(base).is_absolute():
         lines += [f"base_model: {base}"]
-    lines += ["library_name: transformers", "tags:", "- mixture-of-experts", "- llmcompressor", "- compressed", "---", ""]
-    lines += [f"# {name}, trimmed", "", f"Made from `{Path(base).name if Path(base).is_absolute() else base or name}` with "
-              "llm-compressor and llmcompressor-moe.", "", "## What was done", ""]  # fmt: skip
+    lines += [
+        "library_name: transformers",
+        "tags:",
+        "- mixture-of-experts",
+        "- llmcompressor",
+        "- compressed",
+        "---",
+        "",
+    ]
+    origin = Path(base).name if Path(base).is_absolute() else base or name
+    lines += [f"# {name}, trimmed", ""]
+    lines += [f"Made from `{origin}` with llm-compressor and llmcompressor-moe.", "", "## What was done", ""]
     lines += [f"- {_describe(report)}" for report in history]
-    lines += ["", "`trimming.json` holds the scores and the original indices of everything that stayed.", "", "## Loading", ""]
+    lines += [
+        "",
+        "`trimming.json` holds the scores and the original indices of everything that stayed.",
+        "",
+        "## Loading",
+        "",
+    ]
     if uniform:
         lines += ["A plain checkpoint: transformers and vLLM load it as they load the base model."]
     else:
@@ -37,7 +54,8 @@ def write_model_card(directory: Path, config: PreTrainedConfig, history: Sequenc
             "Layers differ (`per_layer_config` in config.json), so readers need to know:",
             "",
             "- vLLM: install `llmcompressor-moe-vllm` beside it; nothing else changes.",
-            "- transformers: `with llmcompressor_moe.load_trimmed_moe(): AutoModelForCausalLM.from_pretrained(...)`.",
+            "- transformers: `with llmcompressor_moe.load_trimmed_moe(): "
+            "AutoModelForCausalLM.from_pretrained(...)`.",
             "",
             "Without them, loading ends with an error rather than with random weights.",
         ]
@@ -50,7 +68,11 @@ def _describe(report: DropReport) -> str:
     if isinstance(report.dropped, dict):
         total = sum(map(len, report.dropped.values()))
         lost = {len(experts) for experts in report.dropped.values()}
-        each = f"{lost.pop()} in each of {len(report.dropped)} layers" if len(lost) == 1 else "different numbers per layer"
+        each = (
+            f"{lost.pop()} in each of {len(report.dropped)} layers"
+            if len(lost) == 1
+            else "different numbers per layer"
+        )
         what = f"{total} experts dropped ({each})"
     else:
         part = "blocks" if report.modifier.startswith("Block") else "MoE layers"

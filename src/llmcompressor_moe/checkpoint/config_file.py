@@ -21,7 +21,8 @@ _NEVER_WRITTEN = "allow_global_per_layer_attribute_access"
 class ConfigChanges:
     """Text-config fields that differ from those the model came with.
 
-    llm-compressor saves the original config.json and patches three fields; all others that a cut changed are written after it.
+    llm-compressor saves the original config.json and patches three fields; all others that a cut changed are
+    written after it.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -30,7 +31,11 @@ class ConfigChanges:
     def of(self, config: PreTrainedConfig) -> tuple[dict[str, Any], set[str]]:
         """(changed or new fields, fields that are gone)."""
         now = _fields(config)
-        changed = {name: value for name, value in now.items() if name not in self._before or self._before[name] != value}
+        changed = {
+            name: value
+            for name, value in now.items()
+            if name not in self._before or self._before[name] != value
+        }
         return changed, {name for name in self._before if name not in now}
 
 

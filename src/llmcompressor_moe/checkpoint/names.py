@@ -1,7 +1,7 @@
 """Save experts under the names that their family's checkpoints use.
 
-llm-compressor names the Linears of an expert gate_proj, up_proj and down_proj. Some families' checkpoints say w1, w3 and w2 (Mixtral);
-both transformers and vLLM look for those, and leave what they do not find at random.
+llm-compressor names the Linears of an expert gate_proj, up_proj and down_proj. Some families' checkpoints say
+w1, w3 and w2 (Mixtral); both transformers and vLLM look for those, and leave what they do not find at random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 __all__ = ["ExpertNames", "expert_names", "rename_tensors"]
 
 _PER_EXPERT = re.compile(r"experts\.\*\.(?P<name>[\w.]+)\.weight$")
-_EXPERT_PATH = re.compile(r"(?P<moe>\.[\w]+)(?P<experts>\.experts\.\d+\.)(?P<name>gate_proj|up_proj|down_proj)(?P<rest>\.|$)")
+_EXPERT_PATH = re.compile(
+    r"(?P<moe>\.[\w]+)(?P<experts>\.experts\.\d+\.)(?P<name>gate_proj|up_proj|down_proj)(?P<rest>\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,24 @@ class ExpertNames:
 
         return _EXPERT_PATH.sub(own, name)
 
-
     def spellings(self, name: str) -> list[str]:
-        """Every name under which readers may look up a module: MoE layer and projections, each in either naming."""
+        """Every name under which readers may look up a module: MoE layer and projections, each in either
+        naming.
+        """
         layer_only = self.apply_layer(name)
         return list(dict.fromkeys([name, layer_only, self.apply(name)]))
 
     def apply_layer(self, name: str) -> str:
-        """A module name with the family's own name of the MoE layer in it, its projections left as they are."""
+        """A module name with the family's own name of the MoE layer, its projections left as they are."""
         for ours, own in self.modules.items():
             name = re.sub(rf"{re.escape(ours)}(?=\.|$)", own, name)
         return name
 
 
 def expert_names(model_type: str) -> ExpertNames | None:
-    """The names of a family; None where they are gate_proj, up_proj and down_proj, or where experts are stored fused."""
+    """The names of a family; None where they are gate_proj, up_proj and down_proj, or where experts are
+    stored fused.
+    """
     projections: dict[str, str] = {}
     modules: dict[str, str] = {}
     for transform in get_checkpoint_conversion_mapping(model_type) or []:
@@ -78,7 +83,8 @@ def expert_names(model_type: str) -> ExpertNames | None:
 
 
 def rename_tensors(directory: Path, rename: Callable[[str], str]) -> int:
-    """Rename tensors in every safetensors file of a directory and in its index; the data is copied, never parsed.
+    """Rename tensors in every safetensors file of a directory and in its index; the data is copied, never
+    parsed.
 
     :return: number of tensors renamed
     """

@@ -15,7 +15,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
     _PerLayerConfigView,
 )
 
-from llmcompressor_moe.topology import expert_count_attributes, text_config
+from llmcompressor_moe.topology import expert_count_attributes
 
 __all__ = ["SKIPPABLE", "MoEOverride", "allow_global_access", "moe_overrides", "tolerant_configs"]
 
@@ -39,11 +39,10 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
 
     Empty for configs whose layers are all alike, or differ in other things only (Gemma 4's attention does).
 
-    :param config: a model's config or its text config
+    :param config: a text config; of a config with parts, its text config
     :raises ValueError: a part other than the MoE is to be skipped, or a count of experts is no whole number
         above 0
     """
-    config = text_config(config)
     if not config.is_heterogeneous:
         return {}
     attributes = expert_count_attributes(config)

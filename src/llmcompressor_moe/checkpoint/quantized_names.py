@@ -1,7 +1,9 @@
-"""Make a quantization config name exactly the modules that are quantized, under every name that readers look up.
+"""Make a quantization config name exactly the modules that are quantized, under every name that readers look
+up.
 
-A recipe's targets speak of the model as it came: after blocks went, the same layer numbers mean other layers. And a family with its
-own names for experts (Mixtral) is looked up under those by vLLM and under llm-compressor's by others.
+A recipe's targets speak of the model as it came: after blocks went, the same layer numbers mean other layers.
+And a family with its own names for experts (Mixtral) is looked up under those by vLLM and under
+llm-compressor's by others.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def cover_quantized_modules(
     """Rewrite ``ignore`` and the groups' ``targets`` in place.
 
     :param model: the model as it is saved; every quantized module carries its scheme
-    :param quantization: ``quantization_config`` as compressed-tensors wrote it: one group per scheme, in the order of first appearance
+    :param quantization: ``quantization_config`` as compressed-tensors wrote it: one group per scheme, in the
+        order of first appearance
     :param names: the family's own expert names, if it has any
     """
     groups = list(quantization.get("config_groups", {}).values())
@@ -67,8 +70,9 @@ def _spellings(name: str, names: ExpertNames | None) -> list[str]:
 def patterns_for(names: Iterable[str]) -> list[str]:
     """Few patterns that match these module names.
 
-    Names that differ only in the block and the expert share a pattern that lists the blocks. A block whose experts are listed from 0
-    without a gap is written with any expert number; one with gaps gets a pattern that lists its experts.
+    Names that differ only in the block and the expert share a pattern that lists the blocks. A block whose
+    experts are listed from 0 without a gap is written with any expert number; one with gaps gets a pattern
+    that lists its experts.
     """
     plain: list[str] = []
     places: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))

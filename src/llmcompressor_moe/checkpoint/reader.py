@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,7 +26,7 @@ from llmcompressor_moe.checkpoint.overrides import (
 )
 from llmcompressor_moe.checkpoint.quantized import compressed_experts_as_linears
 from llmcompressor_moe.surgery.skipped import SkippedMoE
-from llmcompressor_moe.topology import NotAnMoEError, find_topology, text_config
+from llmcompressor_moe.topology import NotAnMoEError, find_topology
 
 __all__ = ["load_trimmed_moe"]
 
@@ -95,7 +95,7 @@ class _Builder:
 
         def init(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             if isinstance(config, PreTrainedConfig) and moe_overrides(config):
-                allow_global_access(text_config(config))
+                allow_global_access(config)
                 for block_cls in _block_classes(type(model)) - self._block_classes:
                     self._block_classes.add(block_cls)
                     _replace(self._patches, block_cls, "__init__", _build_block)
@@ -147,9 +147,13 @@ def _build_block(original: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
+def _experts(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [*get_non_linearized_moes(block), *get_linearized_moes(block)]
+
+
 def _moe_name(block: nn.Module, index: int, override: MoEOverride) -> str:
     """Name of the child of a block that is its MoE layer; empty where router and experts are children too."""
-    paths = [path for path, _ in get_non_linearized_moes(block)]
+    paths = [path for path, _ in _experts(block)]
     said = f'per_layer_config["{index}"] says "skip"' if override.skipped else _said(index, override)
     if not paths:
         raise ValueError(
@@ -160,8 +164,7 @@ def _moe_name(block: nn.Module, index: int, override: MoEOverride) -> str:
     if override.skipped:
         raise ValueError(
             f"{said}, but {type(block).__name__} keeps its router and experts directly in the block, beside "
-            "a "
-            "dense feed-forward: there is no MoE layer to leave out. Drop experts or whole blocks instead."
+            "a dense feed-forward: there is no MoE layer to leave out. Drop experts or whole blocks instead."
         )
     return ""
 
@@ -170,9 +173,7 @@ def _share_config(
     block: nn.Module, own: PreTrainedConfig, shared: PreTrainedConfig, moe: nn.Module | None
 ) -> None:
     """Give everything in a block but its MoE the model's config back, so that it sees later changes to it."""
-    inside = (
-        set(moe.modules()) if moe is not None else {module for _, module in get_non_linearized_moes(block)}
-    )
+    inside = set(moe.modules()) if moe is not None else {module for _, module in _experts(block)}
     for module in block.modules():
         if module not in inside and vars(module).get("config") is own:
             module.config = shared
@@ -197,8 +198,7 @@ def _check_model(model: PreTrainedModel, overrides: dict[int, MoEOverride]) -> N
             raise ValueError(
                 f"{type(model).__name__} built {built} experts in layer {index} although its config differs "
                 f"({override}): its blocks could not be found by `_no_split_modules`. Load this checkpoint "
-                "with "
-                "a model class of transformers itself."
+                "with a model class of transformers itself."
             )
         if moe is not None and moe.num_experts < moe.min_experts:
             raise ValueError(

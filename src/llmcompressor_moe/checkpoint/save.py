@@ -1,4 +1,4 @@
-"""Complete a trimmed model, and make every later `save_pretrained` write a checkpoint that says what it is."""
+"""Make every `save_pretrained` of a trimmed model write a checkpoint that says what it is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ HISTORY_FILE = "trimming.json"
 
 
 def save_says_what_it_is(model: PreTrainedModel, changes: ConfigChanges) -> None:
-    """Wrap ``model.save_pretrained``: config, tensor names, model card and history agree, `check` passes, or nothing is written.
+    """Wrap ``model.save_pretrained``: config, tensor names, model card and history agree, `check` passes, or
+    nothing is written.
 
     :param changes: config fields as the model came
     """

@@ -51,9 +51,11 @@ class ExpertCriterion:
 
 
 def router_score(given: ScoreInput) -> Scores:
-    """Sum over tokens of an expert's routing probability, divided by the sample count (arXiv 2406.02500, Expert Drop).
+    """Sum over tokens of an expert's routing probability, divided by the sample count (arXiv 2406.02500,
+    Expert Drop).
 
-    Softmax routers (Mixtral, Qwen2-MoE): the softmax over all experts. Others (DeepSeek): the top-k-masked gate weights.
+    Softmax routers (Mixtral, Qwen2-MoE): the softmax over all experts. Others (DeepSeek): the top-k-masked
+    gate weights.
     """
     profile = _profile(given)
     total = profile.routing_probability or profile.gate_weight
@@ -68,7 +70,9 @@ def frequency(given: ScoreInput) -> Scores:
 
 
 def reap(given: ScoreInput) -> Scores:
-    """Mean over the expert's routed tokens of router weight times L2 norm of its output (arXiv 2510.13999, REAP)."""
+    """Mean over the expert's routed tokens of router weight times L2 norm of its output (arXiv 2510.13999,
+    REAP).
+    """
     profile = _profile(given)
     return _mean_over_tokens(profile.weighted_output_norm, profile.routed_tokens)
 
@@ -90,9 +94,10 @@ def weight_norm(given: ScoreInput) -> Scores:
 def redundancy(given: ScoreInput) -> Scores:
     """How long an expert stays when the one most similar to another kept expert is dropped again and again.
 
-    Similarity is the mean cosine of two experts' outputs on the same tokens. Of the most similar pair the one that is
-    on average more similar to the rest goes. The score of an expert is 1 minus its largest similarity at the moment it
-    would go, made non-decreasing, so that any number of lowest scores is what the greedy order drops.
+    Similarity is the mean cosine of two experts' outputs on the same tokens. Of the most similar pair the one
+    that is on average more similar to the rest goes. The score of an expert is 1 minus its largest similarity
+    at the moment it would go, made non-decreasing, so that any number of lowest scores is what the greedy
+    order drops.
     """
     similarity = torch.tensor(_profile(given).output_similarity, dtype=torch.float64)
     similarity.fill_diagonal_(-1.0)
@@ -107,7 +112,9 @@ def redundancy(given: ScoreInput) -> Scores:
         floor = max(floor, 1.0 - float(among.max()))
         scores[kept[position]] = floor
         # Ties keep the order of the drops.
-        floor = float(torch.nextafter(torch.tensor(floor, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64)))
+        floor = float(
+            torch.nextafter(torch.tensor(floor, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64))
+        )
         del kept[position]
     scores[kept[0]] = max(floor, 1.0)
     return scores
@@ -152,5 +159,7 @@ def expert_criterion(name: str) -> ExpertCriterion:
     :raises ValueError: unknown name
     """
     if name not in EXPERT_CRITERIA:
-        raise ValueError(f"criterion={name!r} is unknown; choose one of {', '.join(sorted(EXPERT_CRITERIA))}.")
+        raise ValueError(
+            f"criterion={name!r} is unknown; choose one of {', '.join(sorted(EXPERT_CRITERIA))}."
+        )
     return EXPERT_CRITERIA[name]

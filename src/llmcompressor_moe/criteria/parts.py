@@ -14,7 +14,8 @@ class Metric:
     """How a metric is obtained and read.
 
     :param source: where the metric comes from
-    :param from_profile: whether a profile holds the scores (otherwise ``score`` or the model's output gives them)
+    :param from_profile: whether a profile holds the scores (otherwise ``score`` or the model's output gives
+        them)
     :param drop_highest: whether a high score means that the part can go
     :param thresholds: whether a threshold on the score means anything
     :param score: for metrics that need no data: part indices and seed -> scores
@@ -43,7 +44,8 @@ def _last_scores(indices: Sequence[int], seed: int) -> dict[int, float]:
 
 METRICS: dict[str, Metric] = {
     "cosine": Metric(
-        source="arXiv 2406.02500, Layer Drop and Block Drop: cosine of the residual stream before and after the part, "
+        source="arXiv 2406.02500, Layer Drop and Block Drop: cosine of the residual stream before and "
+        "after the part, "
         "mean over tokens",
         from_profile=True,
     ),
@@ -51,7 +53,9 @@ METRICS: dict[str, Metric] = {
         source="KL(intact || without the part) of the model's output, mean over tokens, in nats",
         drop_highest=False,
     ),
-    "random": Metric(source="baseline: uniform at random from the seed", thresholds=False, score=_random_scores),
+    "random": Metric(
+        source="baseline: uniform at random from the seed", thresholds=False, score=_random_scores
+    ),
     "last": Metric(source="baseline: the last parts first", thresholds=False, score=_last_scores),
 }
 

@@ -27,17 +27,18 @@ class TrimModifier(Modifier):
 
     Lifecycle:
         - on_initialize: look at the model, refuse what cannot work, say which statistics are needed
-        - on_calibration_start: get the statistics (one forward pass of our own, shared with the drop modifiers next to this one) and
-          decide; blocks and MoE layers are bypassed here
+        - on_calibration_start: get the statistics (one forward pass of our own, shared with the drop
+          modifiers next to this one) and decide; blocks and MoE layers are bypassed here
         - on_calibration_end: experts are removed here, after modifiers that share the pass have used them
-        - on_finalize: remove what was bypassed, rewrite the config, make saving write a checkpoint that says what it is
+        - on_finalize: remove what was bypassed, rewrite the config, make saving write a checkpoint that says
+          what it is
 
     :param protect: block indices whose part stays
     :param report_path: where to write the report (JSON); it can be edited and given back as ``plan_path``
     :param plan_path: a saved report whose ``dropped`` is applied, without data
     :param seed: seed of random criteria
-    :param share_statistics: use the statistics of the drop modifiers directly before this one in the recipe. They describe the model
-        before those cut it. False measures again, on what they left
+    :param share_statistics: use the statistics of the drop modifiers directly before this one in the recipe.
+        They describe the model before those cut it. False measures again, on what they left
     """
 
     # Our own pass needs no help from the pipeline: it runs only routed experts, once.
@@ -111,13 +112,18 @@ class TrimModifier(Modifier):
         self._session = first._session if first else TrimSession.begin(state.model)
         out_of_range = sorted(set(self.protect) - set(range(len(self._session.topology.blocks))))
         if out_of_range:
-            raise ValueError(f"protect={self.protect}: the model has {len(self._session.topology.blocks)} blocks; {out_of_range} do not exist.")
+            raise ValueError(
+                f"protect={self.protect}: the model has {len(self._session.topology.blocks)} blocks; "
+                f"{out_of_range} do not exist."
+            )
         _check_writable(self.report_path)
         self._check_model(self._session)
         if self._needs_data():
             self._batches = _require_data(state, type(self).__name__)
         group = _group_of(self)
-        self._shared = next((other._shared for other in group if other._shared is not None), None) or SharedPass()
+        self._shared = (
+            next((other._shared for other in group if other._shared is not None), None) or SharedPass()
+        )
         if not self._shared.add(self._statistics(), self._run_length()):
             self._shared = SharedPass()
             self._shared.add(self._statistics(), self._run_length())
@@ -166,7 +172,17 @@ class TrimModifier(Modifier):
 
     def _new_report(self, scores: Any, dropped: Any, kept: Any, profile: Profile | None) -> DropReport:
         topology = self._session.topology
-        hidden = {"index", "group", "start", "end", "update", "initialized_", "finalized_", "started_", "ended_"}
+        hidden = {
+            "index",
+            "group",
+            "start",
+            "end",
+            "update",
+            "initialized_",
+            "finalized_",
+            "started_",
+            "ended_",
+        }
         return DropReport(
             modifier=type(self).__name__,
             scores=scores,
@@ -176,7 +192,9 @@ class TrimModifier(Modifier):
             model_type=topology.model_type,
             num_blocks=len(topology.blocks),
             num_experts={index: moe.num_experts for index, moe in topology.moe_layers.items()},
-            settings=self.model_dump(mode="json", exclude_none=True, exclude=hidden | {"requires_calibration_data"}),
+            settings=self.model_dump(
+                mode="json", exclude_none=True, exclude=hidden | {"requires_calibration_data"}
+            ),
             calibration={"tokens": profile.num_tokens, "samples": profile.num_samples} if profile else None,
         )
 
@@ -226,7 +244,9 @@ def _group_of(modifier: TrimModifier) -> list[TrimModifier]:
 def _require_data(state: State, name: str) -> Any:
     batches = state.data.calib
     if batches is None:
-        raise ValueError(f"{name} needs calibration data: pass `dataset=` to oneshot, or name the indices to drop.")
+        raise ValueError(
+            f"{name} needs calibration data: pass `dataset=` to oneshot, or name the indices to drop."
+        )
     if len(batches) == 0:
         raise ValueError(f"{name}: the calibration dataset is empty.")
     return batches

@@ -19,11 +19,12 @@ __all__ = ["BlockDropModifier"]
 
 
 class BlockDropModifier(PartDropModifier):
-    """Drops transformer blocks (arXiv 2406.02500, Block Drop): attention and feed-forward layer, MoE or dense.
+    """Drops transformer blocks (arXiv 2406.02500, Block Drop): attention and feed-forward layer, MoE or
+    dense.
 
-    A block's score is the cosine of the residual stream before and after it, mean over tokens; the most similar ones go. The
-    result is a plain checkpoint with fewer blocks that anything loads. Takes exactly one of ``num_drop``, ``drop_ratio``,
-    ``threshold``, ``blocks`` and ``plan_path``.
+    A block's score is the cosine of the residual stream before and after it, mean over tokens; the most
+    similar ones go. The result is a plain checkpoint with fewer blocks that anything loads. Takes exactly one
+    of ``num_drop``, ``drop_ratio``, ``threshold``, ``blocks`` and ``plan_path``.
 
     Sample YAML::
 
@@ -32,9 +33,8 @@ class BlockDropModifier(PartDropModifier):
           pattern: discrete
 
     :param blocks: indices of the blocks that go; needs no data
-    :param pattern: ``discrete`` takes the best blocks wherever they are; ``consecutive`` the best run of neighbouring blocks, scored by the
-        residual stream before and after the whole run
-    """
+    :param pattern: ``discrete`` takes the best blocks wherever they are; ``consecutive`` the best run of
+        neighbouring blocks, scored by the residual stream before and after the whole run"""
 
     blocks: list[int] | None = None
     pattern: Literal["discrete", "consecutive"] = "discrete"
@@ -86,7 +86,18 @@ class BlockDropModifier(PartDropModifier):
         named = self._explicit() or (self._load_plan() if self.plan_path else None)
         if named is not None:
             check_blocks_can_go(session.model, session.topology.stack, {*named, *session.dropped_blocks})
+        else:
+            self._check_positions(exception_for(session.topology.model_type).position_period)
         self._check_moe_left(set(named or ()))
+
+    def _check_positions(self, period: int) -> None:
+        count = self._count()
+        if period > 1 and (self.pattern == "discrete" or (count is not None and count % period)):
+            raise ValueError(
+                f"BlockDropModifier: vLLM takes the kind of attention of a "
+                f"{self._session.topology.model_type!r} block from its index modulo {period}. Use "
+                f"pattern='consecutive' with a num_drop that is a multiple of {period}, or name the blocks."
+            )
 
     def _check_moe_left(self, dropped: set[int]) -> None:
         if not set(self._session.layers) - dropped:
@@ -113,6 +124,8 @@ class BlockDropModifier(PartDropModifier):
     def _decide(self) -> DropReport:
         report = super()._decide()
         dropped = set(report.dropped)
-        check_blocks_can_go(self._session.model, self._session.topology.stack, dropped | self._session.dropped_blocks)
+        check_blocks_can_go(
+            self._session.model, self._session.topology.stack, dropped | self._session.dropped_blocks
+        )
         self._check_moe_left(dropped)
         return report

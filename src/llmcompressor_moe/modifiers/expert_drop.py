@@ -26,9 +26,10 @@ __all__ = ["ExpertDropModifier"]
 class ExpertDropModifier(TrimModifier):
     """Drops routed experts (arXiv 2406.02500, Expert Drop); shared experts stay.
 
-    The lowest-scoring experts go, with their rows in the router and in every other per-expert tensor. The same number in every layer
-    (``scope="layer"``) gives a plain checkpoint; ``scope="global"`` compares all layers with each other and writes ``per_layer_config``.
-    Takes exactly one of ``num_drop``, ``drop_ratio``, ``experts`` and ``plan_path``.
+    The lowest-scoring experts go, with their rows in the router and in every other per-expert tensor. The
+    same number in every layer (``scope="layer"``) gives a plain checkpoint; ``scope="global"`` compares all
+    layers with each other and writes ``per_layer_config``. Takes exactly one of ``num_drop``, ``drop_ratio``,
+    ``experts`` and ``plan_path``.
 
     Sample YAML::
 
@@ -78,7 +79,11 @@ class ExpertDropModifier(TrimModifier):
         return ("num_drop", "drop_ratio", "experts", "plan_path")
 
     def _needs_data(self) -> bool:
-        return self.experts is None and self.plan_path is None and bool(expert_criterion(self.criterion).statistics)
+        return (
+            self.experts is None
+            and self.plan_path is None
+            and bool(expert_criterion(self.criterion).statistics)
+        )
 
     def _statistics(self) -> set[Statistic]:
         return set(expert_criterion(self.criterion).statistics) if self._needs_data() else set()
@@ -96,11 +101,13 @@ class ExpertDropModifier(TrimModifier):
         reason = exception_for(session.topology.model_type).refuse_uneven
         if not uniform and reason is not None:
             raise ValueError(
-                f"ExpertDropModifier must leave every layer of {session.topology.model_type!r} the same number of experts: {reason}."
+                f"ExpertDropModifier must leave every layer of {session.topology.model_type!r} the same "
+                f"number of experts: {reason}."
             )
         if not uniform and any(isinstance(other, REAPPruningModifier) for other in self._later):
             raise ValueError(
-                "REAPPruningModifier assumes the same number of experts in every layer, and this ExpertDropModifier leaves different "
+                "REAPPruningModifier assumes the same number of experts in every layer, and this "
+                "ExpertDropModifier leaves different "
                 "numbers. Put REAPPruningModifier before it, or use ExpertDropModifier(criterion='reap')."
             )
 
@@ -110,21 +117,33 @@ class ExpertDropModifier(TrimModifier):
     def _check_named(self, named: dict[int, list[int]]) -> None:
         for layer, experts in named.items():
             if layer not in self._session.layers:
-                raise ValueError(f"experts[{layer}]: block {layer} has no MoE layer; those that have one are {self._session.layers}.")
+                raise ValueError(
+                    f"experts[{layer}]: block {layer} has no MoE layer; those that have one are "
+                    f"{self._session.layers}."
+                )
             present = set(self._session.expert_ids(layer))
             unknown = sorted(set(experts) - present)
             if unknown:
-                raise ValueError(f"experts[{layer}]={experts}: {unknown} are not among the layer's experts {sorted(present)}.")
+                raise ValueError(
+                    f"experts[{layer}]={experts}: {unknown} are not among the layer's experts "
+                    f"{sorted(present)}."
+                )
             room = self._room(layer)
             if len(present) - len(experts) < room.floor:
                 raise ValueError(
-                    f"experts[{layer}]={experts} would leave {len(present) - len(experts)} of {len(present)} experts; at least {room.floor} must "
+                    f"experts[{layer}]={experts} would leave {len(present) - len(experts)} of "
+                    f"{len(present)} experts; at least {room.floor} must "
                     "stay (top_k, groups and min_experts)."
                 )
             size = len(present) // room.num_groups
-            per_group = [sum(expert // size == group for expert in experts) for group in range(room.num_groups)]
+            per_group = [
+                sum(expert // size == group for expert in experts) for group in range(room.num_groups)
+            ]
             if len(set(per_group)) > 1:
-                raise ValueError(f"experts[{layer}]={experts}: the router is group-limited; each of its {room.num_groups} groups must lose as many.")
+                raise ValueError(
+                    f"experts[{layer}]={experts}: the router is group-limited; each of its "
+                    f"{room.num_groups} groups must lose as many."
+                )
 
     def _check_room(self) -> None:
         """Try the amount on equal scores: whether it fits does not depend on the scores."""
@@ -153,7 +172,9 @@ class ExpertDropModifier(TrimModifier):
         moe = self._session.layer(layer)
         return ExpertRoom(moe.num_experts, max(moe.min_experts, self.min_experts or 1), moe.num_groups)
 
-    def _choose(self, scores: dict[int, list[float | None]], rooms: dict[int, ExpertRoom]) -> dict[int, list[int]]:
+    def _choose(
+        self, scores: dict[int, list[float | None]], rooms: dict[int, ExpertRoom]
+    ) -> dict[int, list[int]]:
         per_layer = {layer: self._amount(room.num_experts, layer) for layer, room in rooms.items()}
         if self.scope == "global":
             return experts_to_drop(scores, rooms, 0, "global", total=sum(per_layer.values()))
@@ -168,23 +189,34 @@ class ExpertDropModifier(TrimModifier):
     def _decide(self) -> DropReport:
         named = self._named()
         if named is not None:
-            return self._report_of({}, {layer: sorted(experts) for layer, experts in sorted(named.items())}, None)
+            return self._report_of(
+                {}, {layer: sorted(experts) for layer, experts in sorted(named.items())}, None
+            )
         criterion = expert_criterion(self.criterion)
         profile = self._profile() if criterion.statistics else None
         scores = {layer: self._scores(layer, profile) for layer in self._session.layers}
         self._warn_of_unseen(profile)
         layers = self._layers()
-        positions = self._choose({layer: scores[layer] for layer in layers}, {layer: self._room(layer) for layer in layers})
+        positions = self._choose(
+            {layer: scores[layer] for layer in layers}, {layer: self._room(layer) for layer in layers}
+        )
         ids = {layer: self._session.expert_ids(layer) for layer in positions}
-        dropped = {layer: sorted(ids[layer][position] for position in chosen) for layer, chosen in positions.items()}
+        dropped = {
+            layer: sorted(ids[layer][position] for position in chosen) for layer, chosen in positions.items()
+        }
         return self._report_of(scores, dropped, profile)
 
     def _scores(self, layer: int, profile: Profile | None) -> list[float | None]:
         """One score per expert that the layer has now."""
         criterion = expert_criterion(self.criterion)
         experts = self._session.experts(layer)
-        with align_modules([module for expert in experts for module in expert.modules()] if criterion.needs_weights else []):
-            weights = [[parameter.detach() for parameter in expert.parameters() if parameter.ndim == 2] for expert in experts]
+        with align_modules(
+            [module for expert in experts for module in expert.modules()] if criterion.needs_weights else []
+        ):
+            weights = [
+                [parameter.detach() for parameter in expert.parameters() if parameter.ndim == 2]
+                for expert in experts
+            ]
             scores = criterion.score(
                 ScoreInput(
                     profile=profile.experts[layer] if profile else None,
@@ -202,14 +234,19 @@ class ExpertDropModifier(TrimModifier):
     def _warn_of_unseen(self, profile: Profile | None) -> None:
         if profile is None:
             return
-        unseen = {layer: p.routed_tokens.count(0) for layer, p in profile.experts.items() if 0 in p.routed_tokens}
+        unseen = {
+            layer: p.routed_tokens.count(0) for layer, p in profile.experts.items() if 0 in p.routed_tokens
+        }
         if unseen:
             logger.warning(
-                f"{sum(unseen.values())} experts saw no calibration token (layer: experts {unseen}); without a score they go first. More or "
+                f"{sum(unseen.values())} experts saw no calibration token (layer: experts {unseen}); "
+                f"without a score they go first. More or "
                 "more varied calibration data tells whether they are needed."
             )
 
-    def _report_of(self, scores: dict[int, Any], dropped: dict[int, list[int]], profile: Profile | None) -> DropReport:
+    def _report_of(
+        self, scores: dict[int, Any], dropped: dict[int, list[int]], profile: Profile | None
+    ) -> DropReport:
         session = self._session
         all_scores: dict[int, Any] = {}
         kept = {}

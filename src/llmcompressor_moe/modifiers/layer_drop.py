@@ -13,11 +13,13 @@ __all__ = ["LayerDropModifier"]
 
 
 class LayerDropModifier(PartDropModifier):
-    """Drops MoE layers (arXiv 2406.02500, Layer Drop): router, experts and shared experts go, attention stays.
+    """Drops MoE layers (arXiv 2406.02500, Layer Drop): router, experts and shared experts go, attention
+    stays.
 
-    An MoE layer's score is the cosine of the residual stream before and after it, mean over tokens; the most similar ones go.
-    Dense feed-forward layers are never candidates. Takes exactly one of ``num_drop``, ``drop_ratio``, ``threshold``, ``layers`` and
-    ``plan_path``. The checkpoint says ``per_layer_config``; the vLLM plugin and `load_trimmed_moe` read it.
+    An MoE layer's score is the cosine of the residual stream before and after it, mean over tokens; the most
+    similar ones go. Dense feed-forward layers are never candidates. Takes exactly one of ``num_drop``,
+    ``drop_ratio``, ``threshold``, ``layers`` and ``plan_path``. The checkpoint says ``per_layer_config``; the
+    vLLM plugin and `load_trimmed_moe` read it.
 
     Sample YAML::
 
@@ -57,7 +59,7 @@ class LayerDropModifier(PartDropModifier):
         exception = exception_for(session.topology.model_type)
         reason = exception.refuse_layer_drop or exception.refuse_uneven
         if reason is None and any(moe.inline for moe in session.topology.moe_layers.values()):
-            reason = "its router and experts stand directly in the block, beside a dense layer, so there is no MoE layer to take out"
+            reason = "its router and experts stand directly in the block: there is no MoE layer to take out"
         if reason is not None:
             raise ValueError(f"LayerDropModifier cannot trim {session.topology.model_type!r}: {reason}.")
         super()._check_model(session)

@@ -1,4 +1,6 @@
-"""What Layer Drop and Block Drop have in common: one score per part, and a number, a share or a threshold of parts to drop."""
+"""What Layer Drop and Block Drop have in common: one score per part, and a number, a share or a threshold of
+parts to drop.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ class PartDropModifier(TrimModifier):
 
     :param num_drop: how many parts go
     :param drop_ratio: share of the parts that goes, rounded down
-    :param threshold: parts more similar than this go (for ``kl``: parts whose loss changes the output by less)
+    :param threshold: parts more similar than this go (for ``kl``: parts whose loss changes the output by
+        less)
     :param metric: ``cosine``, ``kl``, or the baselines ``random`` and ``last``
-    :param search: ``one_shot`` scores the model once; ``greedy`` scores again after each drop (one more pass per drop)
+    :param search: ``one_shot`` scores the model once; ``greedy`` scores again after each drop (one more pass
+        per drop)
     :param kl_samples: sequences that the ``kl`` metric looks at
     """
 
@@ -45,12 +49,18 @@ class PartDropModifier(TrimModifier):
         if self.drop_ratio is not None and not 0 < self.drop_ratio < 1:
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1.")
         if self.threshold is not None and not metric.thresholds:
-            raise ValueError(f"threshold={self.threshold} means nothing for metric={self.metric!r}; give num_drop.")
+            raise ValueError(
+                f"threshold={self.threshold} means nothing for metric={self.metric!r}; give num_drop."
+            )
         explicit = self._explicit()
         if explicit is not None and (not explicit or len(set(explicit)) != len(explicit)):
-            raise ValueError(f"{self._amount_fields()[-2]}={explicit} must name at least one index, each only once.")
+            raise ValueError(
+                f"{self._amount_fields()[-2]}={explicit} must name at least one index, each only once."
+            )
         if explicit is not None and set(explicit) & set(self.protect):
-            raise ValueError(f"{self._amount_fields()[-2]}={explicit} and protect={self.protect} name the same indices.")
+            raise ValueError(
+                f"{self._amount_fields()[-2]}={explicit} and protect={self.protect} name the same indices."
+            )
         return self
 
     # What each kind of part says of itself
@@ -96,15 +106,24 @@ class PartDropModifier(TrimModifier):
             count = self._count()
             free = len(set(present) - set(self.protect))
             if count > free:
-                raise ValueError(f"{count} {self._part()}s are to be dropped, but only {free} of {len(present)} are not protected.")
+                raise ValueError(
+                    f"{count} {self._part()}s are to be dropped, but only {free} of {len(present)} are not "
+                    f"protected."
+                )
 
     def _check_indices(self, indices: Sequence[int]) -> None:
         present = self._candidates()
         unknown = sorted(set(indices) - set(present))
         if unknown:
-            raise ValueError(f"{type(self).__name__}: {unknown} cannot be dropped; the model's {self._part()}s are {present}.")
+            raise ValueError(
+                f"{type(self).__name__}: {unknown} cannot be dropped; the model's {self._part()}s are "
+                f"{present}."
+            )
         if len(set(indices)) >= len(present):
-            raise ValueError(f"{type(self).__name__}: dropping {sorted(indices)} would drop every {self._part()}; one must stay.")
+            raise ValueError(
+                f"{type(self).__name__}: dropping {sorted(indices)} would drop every {self._part()}; one "
+                f"must stay."
+            )
 
     def _decide(self) -> DropReport:
         if self._explicit() is not None or self.plan_path is not None:
@@ -113,7 +132,9 @@ class PartDropModifier(TrimModifier):
         metric = part_metric(self.metric)
         profile = self._profile() if metric.from_profile else None
         scores = self._scores(metric, profile)
-        dropped = self._greedy(metric, scores) if self.search == "greedy" else self._choose(metric, scores, profile)
+        dropped = (
+            self._greedy(metric, scores) if self.search == "greedy" else self._choose(metric, scores, profile)
+        )
         return self._report_of({**dict.fromkeys(self._all_parts()), **scores}, dropped, profile)
 
     def _cut(self, dropped: Any, state: State) -> None:
@@ -165,11 +186,17 @@ class PartDropModifier(TrimModifier):
             self._drop(best)
             dropped.append(best)
             if count is None or len(dropped) < count:
-                scores = self._scores(metric, self._measure(self._statistics()) if metric.from_profile else None)
+                scores = self._scores(
+                    metric, self._measure(self._statistics()) if metric.from_profile else None
+                )
         return sorted(dropped)
 
     def _report_of(self, scores: dict[int, Any], dropped: list[int], profile: Profile | None) -> DropReport:
-        kept = [index for index in self._all_parts() if index not in dropped and index in self._live_before(dropped)]
+        kept = [
+            index
+            for index in self._all_parts()
+            if index not in dropped and index in self._live_before(dropped)
+        ]
         return self._new_report(scores, dropped, kept, profile)
 
     def _live_before(self, dropped: list[int]) -> set[int]:

@@ -7,12 +7,10 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import is_distributed
-from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import Profile, Statistic
-from llmcompressor_moe.profile.forward import batch_mask, run_batches
+from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
 from llmcompressor_moe.profile.observers import BlockObserver, ExpertsObserver, RunObserver
 from llmcompressor_moe.topology import Topology
 
@@ -47,7 +45,11 @@ def collect_profile(
     experts = {}
     if wanted & {Statistic.ROUTING, Statistic.OUTPUT, Statistic.REDUNDANCY}:
         experts = {block.index: ExpertsObserver(model, block.moe, wanted) for block in layers}
-    observers = [*([blocks] if wanted & {Statistic.BLOCK, Statistic.LAYER} else []), *([runs] if runs else []), *experts.values()]
+    observers = [
+        *([blocks] if wanted & {Statistic.BLOCK, Statistic.LAYER} else []),
+        *([runs] if runs else []),
+        *experts.values(),
+    ]
     seen: dict[int, tuple[int, int]] = {}
 
     def on_batch(index: int, batch: dict[str, Any]) -> None:
@@ -60,12 +62,14 @@ def collect_profile(
     with _all(observers):
         run_batches(model, batches, on_batch, "Profiling")
     samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
-    samples, tokens = _sum_over_ranks(torch.tensor([samples, tokens], dtype=torch.float64)).long().tolist()
+    samples, tokens = sum_over_ranks(torch.tensor([samples, tokens], dtype=torch.float64)).long().tolist()
     if not tokens:
-        raise ValueError("The calibration dataset is empty: pass `dataset=` with at least one tokenized sequence.")
+        raise ValueError(
+            "The calibration dataset is empty: pass `dataset=` with at least one tokenized sequence."
+        )
     for observer in observers:
         for accumulator in observer.accumulators():
-            accumulator.copy_(_sum_over_ranks(accumulator))
+            accumulator.copy_(sum_over_ranks(accumulator))
     profile = Profile(
         num_tokens=tokens,
         num_samples=samples,
@@ -77,16 +81,6 @@ def collect_profile(
     )
     profile.check_finite()
     return profile
-
-
-def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum an accumulator over all ranks; every rank gets the same numbers and so makes the same plan."""
-    if not is_distributed():
-        return values
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    total = values.to(device)
-    dist.all_reduce(total)
-    return total.to(values.device)
 
 
 @contextlib.contextmanager

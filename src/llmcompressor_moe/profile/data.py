@@ -7,7 +7,7 @@ from enum import Enum
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["ExpertProfile", "Profile", "Statistic"]
+__all__ = ["ExpertProfile", "Profile", "Statistic", "require_finite"]
 
 
 class Statistic(str, Enum):
@@ -26,10 +26,12 @@ class ExpertProfile(BaseModel):
 
     :param routed_tokens: number of tokens routed to the expert
     :param gate_weight: sum over routed tokens of the router's weight for the expert
-    :param routing_probability: sum over all tokens of the softmax over all experts; None where the router has no softmax
+    :param routing_probability: sum over all tokens of the softmax over all experts; None where the router has
+        no softmax
     :param output_norm: sum over routed tokens of the L2 norm of the expert's output
     :param weighted_output_norm: sum over routed tokens of router weight times that norm
-    :param output_similarity: mean cosine similarity of two experts' outputs on the same tokens, [experts, experts]
+    :param output_similarity: mean cosine similarity of two experts' outputs on the same tokens, [experts,
+        experts]
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,10 +49,12 @@ class Profile(BaseModel):
 
     :param num_tokens: tokens seen (padding left out)
     :param num_samples: sequences seen
-    :param block_similarity: mean over tokens of the cosine of a block's input and output in the residual stream
+    :param block_similarity: mean over tokens of the cosine of a block's input and output in the residual
+        stream
     :param run_similarity: first block of a run -> the same for the run's input and output
     :param run_length: blocks per run in ``run_similarity``
-    :param layer_similarity: mean over tokens of the cosine of the residual stream before and after an MoE layer
+    :param layer_similarity: mean over tokens of the cosine of the residual stream before and after an MoE
+        layer
     :param experts: routed experts' statistics per MoE layer
     """
 
@@ -69,19 +73,32 @@ class Profile(BaseModel):
 
         :raises FloatingPointError: names the block and the statistic
         """
-        similarities = {"block": self.block_similarity, "run": self.run_similarity, "layer": self.layer_similarity}
+        similarities = {
+            "block": self.block_similarity,
+            "run": self.run_similarity,
+            "layer": self.layer_similarity,
+        }
         for name, values in similarities.items():
             for index, value in values.items():
-                _require_finite(value, f"{name}_similarity", index)
+                require_finite(value, f"{name}_similarity", index)
         for index, experts in self.experts.items():
             for name in ("gate_weight", "routing_probability", "output_norm", "weighted_output_norm"):
                 for value in getattr(experts, name) or []:
-                    _require_finite(value, name, index)
+                    require_finite(value, name, index)
+            for row in experts.output_similarity or []:
+                for value in row:
+                    require_finite(value, "output_similarity", index)
 
 
-def _require_finite(value: float, statistic: str, block: int) -> None:
+def require_finite(value: float, statistic: str, block: int) -> None:
+    """Refuse a number that comes from NaN or infinite activations.
+
+    :raises FloatingPointError: names the block and the statistic
+    """
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"Calibration gave {statistic} = {value} in block {block}: the activations there are NaN or infinite. No part "
-            "was dropped. Check the weights and the dtype (a model in float16 often overflows: load it in bfloat16)."
+            f"Calibration gave {statistic} = {value} in block {block}: the activations there are NaN or "
+            f"infinite. No part "
+            "was dropped. Check the weights and the dtype (a model in float16 often overflows: load it in "
+            "bfloat16)."
         )

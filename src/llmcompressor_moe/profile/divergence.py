@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import is_distributed
-from torch import distributed as dist
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.profile.forward import batch_mask, run_once
+from llmcompressor_moe.profile.data import require_finite
+from llmcompressor_moe.profile.forward import batch_mask, run_once, sum_over_ranks
 from llmcompressor_moe.profile.observers import hidden_argument
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through, replace_hidden, silence
 from llmcompressor_moe.topology import Topology
@@ -21,7 +20,9 @@ from llmcompressor_moe.topology import Topology
 __all__ = ["divergence_without", "token_divergence"]
 
 
-def token_divergence(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> tuple[float, int]:
+def token_divergence(
+    reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[float, int]:
     """Sum over tokens of KL(reference || other) in nats, and the number of tokens.
 
     :param reference: logits [batch, sequence, vocabulary] of the intact model
@@ -45,13 +46,15 @@ def divergence_without(
 ) -> dict[int, float]:
     """Mean over tokens of KL(intact || without the part), for each part on its own.
 
-    Blocks before the part are not run again: the hidden states that enter the part are kept from the intact run, so that
-    all L parts together cost about L/2 forward passes over ``batches``. Parts that are bypassed already stay so, in the
-    reference as well.
+    Blocks before the part are not run again: the hidden states that enter the part are kept from the intact
+    run, so that all L parts together cost about L/2 forward passes over ``batches``. Parts that are bypassed
+    already stay so, in the reference as well.
 
-    :param candidates: block indices that go together: one for a block or an MoE layer, several for a run of blocks
+    :param candidates: block indices that go together: one for a block or an MoE layer, several for a run of
+        blocks
     :param part: "block" or "layer"
     :return: first index of each candidate -> divergence in nats
+    :raises FloatingPointError: the model's output is NaN or infinite
     """
     candidates = list(candidates)
     sums = torch.zeros(len(candidates) + 1, dtype=torch.float64)
@@ -73,9 +76,13 @@ def divergence_without(
                 total, tokens = token_divergence(reference, run_once(model, batch), mask)
             sums[position] += total
         sums[-1] += tokens
-    if is_distributed():
-        dist.all_reduce(sums)
-    return {indices[0]: float(total / sums[-1]) for indices, total in zip(candidates, sums, strict=False)}
+    sums = sum_over_ranks(sums)
+    divergence = {
+        indices[0]: float(total / sums[-1]) for indices, total in zip(candidates, sums, strict=False)
+    }
+    for index, value in divergence.items():
+        require_finite(value, "kl", index)
+    return divergence
 
 
 @contextlib.contextmanager
@@ -90,7 +97,9 @@ def _entering_hidden_states(blocks: Sequence[nn.Module]) -> Iterator[dict[int, t
         return hook
 
     handles = [
-        block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(blocks) if index
+        block.register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index, block in enumerate(blocks)
+        if index
     ]
     try:
         yield entering
@@ -110,7 +119,9 @@ def _entering(earlier: Sequence[nn.Module], hidden_states: torch.Tensor) -> Iter
         handle.remove()
 
 
-def _without(model: PreTrainedModel, topology: Topology, index: int, part: str) -> contextlib.AbstractContextManager:
+def _without(
+    model: PreTrainedModel, topology: Topology, index: int, part: str
+) -> contextlib.AbstractContextManager:
     block = topology.blocks[index]
     module = model.get_submodule(block.name if part == "block" else block.moe.module)
     return bypassed(module, pass_through(module) if part == "block" else silence(module))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
 from compressed_tensors.offload.cache.base import OffloadCache
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -22,10 +23,11 @@ from llmcompressor.utils.helpers import (
     eval_context,
 )
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-__all__ = ["batch_mask", "is_offloaded", "run_batches", "run_once"]
+__all__ = ["batch_mask", "is_offloaded", "run_batches", "run_once", "sum_over_ranks"]
 
 Batch = dict[str, Any]
 BatchStart = Callable[[int, Batch], None]
@@ -50,7 +52,9 @@ _TRACING_IGNORE = [
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether any module's weights live somewhere else than where they are used."""
     caches = (module._parameters for module in model.modules())
-    return any(isinstance(cache, OffloadCache) and cache.offload_device != cache.onload_device for cache in caches)
+    return any(
+        isinstance(cache, OffloadCache) and cache.offload_device != cache.onload_device for cache in caches
+    )
 
 
 def batch_mask(batch: Batch) -> torch.Tensor | None:
@@ -66,8 +70,8 @@ def run_batches(
 ) -> None:
     """One forward pass over ``batches`` that stops before the LM head.
 
-    Hooks of other modifiers stay silent. An offloaded model is run block by block over all batches, so that its
-    weights travel once and not once per batch.
+    Hooks of other modifiers stay silent. An offloaded model is run block by block over all batches, so that
+    its weights travel once and not once per batch.
 
     :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
     """
@@ -90,6 +94,21 @@ def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits of one batch, [batch, sequence, vocabulary], with other modifiers' hooks silent."""
     with HooksMixin.disable_hooks(), DisableQuantization(model), _forward_context(model):
         return model(**_to_device(batch, get_execution_device(model))).logits
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum an accumulator over all ranks; every rank gets the same numbers and so makes the same plan."""
+    if not is_distributed():
+        return values
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )
+    # A copy: the sum of an accumulator on the CPU must not change the accumulator itself.
+    total = values.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 @contextlib.contextmanager
@@ -120,4 +139,6 @@ def _run_block_by_block(
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }

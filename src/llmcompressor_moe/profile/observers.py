@@ -34,11 +34,19 @@ def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
 
 
 def similarity_sum(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum over tokens of the cosine between two [batch, sequence, hidden] tensors, computed in fp32, summed in fp64."""
+    """Sum over tokens of the cosine between two [batch, sequence, hidden] tensors, computed in fp32, summed
+    in fp64.
+
+    Families with several residual streams ([batch, sequence, streams, hidden]) are compared over all of them
+    at once.
+    """
+    before, after = (values.flatten(2) if values.ndim > 3 else values for values in (before, after))
     cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
     if mask is not None and mask.numel() == cosine.numel():
         cosine = cosine.reshape(-1)[mask.reshape(-1)]
-    return torch.stack([cosine.sum(dtype=torch.float64), torch.tensor(float(cosine.numel()), device=cosine.device)])
+    return torch.stack(
+        [cosine.sum(dtype=torch.float64), torch.tensor(float(cosine.numel()), device=cosine.device)]
+    )
 
 
 class _Observer:
@@ -50,9 +58,11 @@ class _Observer:
         self._batch = 0
 
     def start_batch(self, index: int, mask: torch.Tensor | None) -> None:
+        """Note the batch that comes next and its padding mask."""
         self._batch, self._mask = index, mask
 
     def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
         raise TypeError(f"{type(self).__name__} attaches no hooks")
 
     def accumulators(self) -> list[torch.Tensor]:
@@ -68,11 +78,12 @@ class _Observer:
 
 
 class BlockObserver(_Observer):
-    """Cosine of the residual stream over each block and over each MoE layer (arXiv 2406.02500, Layer and Block Drop).
+    """Cosine of the residual stream over each block and over each MoE layer (arXiv 2406.02500, Layer and
+    Block Drop).
 
-    The MoE layer's score compares x, the input of its norm, with y = x + MoE(norm(x)). y is the block's output; x is the
-    input of the norm whose output the MoE layer receives. A block that runs attention and MoE side by side has no such
-    x in its stream; there x is y minus the layer's output.
+    The MoE layer's score compares x, the input of its norm, with y = x + MoE(norm(x)). y is the block's
+    output; x is the input of the norm whose output the MoE layer receives. A block that runs attention and
+    MoE side by side has no such x in its stream; there x is y minus the layer's output.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], layers: Sequence[Block]) -> None:
@@ -90,6 +101,7 @@ class BlockObserver(_Observer):
         self._moe: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
         handles = []
         for index, block in self._modules.items():
             handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
@@ -104,12 +116,15 @@ class BlockObserver(_Observer):
         return handles
 
     def accumulators(self) -> list[torch.Tensor]:
+        """Tensors to be summed over ranks, in an order that all ranks share."""
         return [*self._block_sums.values(), *self._layer_sums.values()]
 
     def block_similarity(self) -> dict[int, float]:
+        """Mean cosine per block."""
         return {index: _mean(sums) for index, sums in self._block_sums.items()}
 
     def layer_similarity(self) -> dict[int, float]:
+        """Mean cosine per MoE layer."""
         return {index: _mean(sums) for index, sums in self._layer_sums.items()}
 
     def _before_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,7 +134,9 @@ class BlockObserver(_Observer):
         if self._moe is None:
             self._norm = (first_tensor(args), output)
 
-    def _after_moe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_moe(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         received = hidden_argument(args, kwargs)
         before = received
         if self._norm is not None and self._norm[1].data_ptr() == received.data_ptr():
@@ -132,7 +149,11 @@ class BlockObserver(_Observer):
             self._block_sums[index] += similarity_sum(self._input, after, self._mask).cpu()
             if self._moe is not None and index in self._layer_sums:
                 before, moe_output = self._moe
-                if before.data_ptr() == self._input.data_ptr():
+                if before.numel() != after.numel():
+                    # Several residual streams: the layer reads one mixture of them, and adds to that.
+                    before = before.reshape(*after.shape[:2], -1)
+                    after = before + moe_output.reshape_as(before)
+                elif before.data_ptr() == self._input.data_ptr():
                     before = after - moe_output.reshape_as(after)
                 self._layer_sums[index] += similarity_sum(before.reshape_as(after), after, self._mask).cpu()
             self._input = self._norm = self._moe = None
@@ -155,6 +176,7 @@ class RunObserver(_Observer):
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
         handles = []
         for position, module in enumerate(self._modules):
             handles.append(module.register_forward_pre_hook(self._before(position), with_kwargs=True))
@@ -162,9 +184,11 @@ class RunObserver(_Observer):
         return handles
 
     def accumulators(self) -> list[torch.Tensor]:
+        """Tensors to be summed over ranks, in an order that all ranks share."""
         return list(self._sums.values())
 
     def similarity(self) -> dict[int, float]:
+        """First block of a run -> mean cosine."""
         return {index: _mean(sums) for index, sums in self._sums.items()}
 
     def _before(self, position: int) -> Any:
@@ -199,13 +223,13 @@ class ExpertsObserver(_Observer):
         self._router = model.get_submodule(moe.router) if moe.router else None
         self._outputs = Statistic.OUTPUT in wanted
         self._redundancy = Statistic.REDUNDANCY in wanted
-        self._softmax = False
         count = moe.num_experts
         self._sums = torch.zeros(5, count, dtype=torch.float64)
         self._similarity = torch.zeros(count + 1, count, dtype=torch.float64)
         self._device_sums: torch.Tensor | None = None
 
     def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
         # An instance attribute shadows the method for the time of the pass and leaves the class alone.
         self._own_forward = self._experts.__dict__.get("forward")
         self._experts.forward = self._forward
@@ -218,18 +242,21 @@ class ExpertsObserver(_Observer):
             self._experts.forward = self._own_forward
 
     def accumulators(self) -> list[torch.Tensor]:
+        """Tensors to be summed over ranks, in an order that all ranks share."""
         if self._device_sums is not None:
             self._sums += self._device_sums.cpu()
             self._device_sums = None
         return [self._sums, self._similarity]
 
     def profile(self) -> ExpertProfile:
+        """The sums as plain numbers."""
         tokens, gate, probability, norm, weighted = self._sums.tolist()
         similarity = self._similarity[:-1] / self._similarity[-1].clamp(min=1)
         return ExpertProfile(
             routed_tokens=[int(count) for count in tokens],
             gate_weight=gate,
-            routing_probability=probability if self._softmax else None,
+            # Read off the sums, not off this rank's router: another rank may have seen all the tokens.
+            routing_probability=probability if any(probability) else None,
             output_norm=norm if self._outputs else None,
             weighted_output_norm=weighted if self._outputs else None,
             output_similarity=similarity.tolist() if self._redundancy else None,
@@ -244,7 +271,6 @@ class ExpertsObserver(_Observer):
         logits = _router_logits(output, self._sums.shape[1])
         if logits is None or not _is_softmax_router(self._router):
             return
-        self._softmax = True
         logits = logits.reshape(-1, logits.shape[-1]).float()
         probability = logits if _are_probabilities(logits) else logits.softmax(dim=-1)
         keep = self._keep(len(probability))
@@ -305,7 +331,9 @@ def _mean(sums: torch.Tensor) -> float:
 
 
 def _router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
-    """Among a router's outputs, the scores of all experts: floating point, last dimension = number of experts."""
+    """Among a router's outputs, the scores of all experts: floating point, last dimension = number of
+    experts.
+    """
     candidates = [output] if isinstance(output, torch.Tensor) else list(output)
     for value in candidates:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
@@ -318,7 +346,9 @@ def _are_probabilities(scores: torch.Tensor) -> bool:
 
 
 def _is_softmax_router(router: nn.Module) -> bool:
-    """Softmax over all experts, as in Mixtral and Qwen2-MoE; group-limited and sigmoid routers (DeepSeek) are not."""
+    """Softmax over all experts, as in Mixtral and Qwen2-MoE; group-limited and sigmoid routers (DeepSeek) are
+    not.
+    """
     if hasattr(router, "num_group"):
         return False
     source = inspect.getsource(type(router).forward)

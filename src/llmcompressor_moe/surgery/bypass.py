@@ -1,7 +1,8 @@
 """Take a block or an MoE layer out of the computation while its modules stay in place.
 
-While a recipe runs, other modifiers hold names and references of modules that existed when they were initialized.
-A part that is dropped is therefore bypassed at once, and removed when the recipe ends (`compact`).
+While a recipe runs, other modifiers hold names and references of modules that existed when they were
+initialized. A part that is dropped is therefore bypassed at once, and removed when the recipe ends
+(`compact`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def pass_through(block: nn.Module) -> Callable[..., Any]:
-    """A forward for a block that returns its hidden states unchanged, in the block's own return convention."""
+    """A forward for a block that returns its hidden states unchanged, in its own return convention."""
     outputs = num_outputs(type(block))
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.surgery.config import describe_layers, keep_blocks, switch_off_mtp
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import Topology, find_topology, text_config
@@ -26,7 +27,9 @@ class ConfigCannotSayError(ValueError):
 
 
 def remove_blocks(model: PreTrainedModel, stack: str, dropped: set[int]) -> None:
-    """Take blocks out of the stack, renumber the rest (attention's ``layer_idx`` as well) and rewrite the config."""
+    """Take blocks out of the stack, renumber the rest (attention's ``layer_idx`` as well) and rewrite the
+    config.
+    """
     if not dropped:
         return
     parent, _, name = stack.rpartition(".")
@@ -63,7 +66,8 @@ def sync_config(model: PreTrainedModel) -> None:
     describe_layers(model.config, counts)
     for name in switch_off_mtp(model.config):
         logger.warning(
-            f"{name} is set to 0: the multi-token-prediction layers were not loaded, so they could not be trimmed like the rest. "
+            f"{name} is set to 0: the multi-token-prediction layers were not loaded, so they could not be "
+            f"trimmed like the rest. "
             "Speculative decoding with them is off."
         )
 
@@ -71,14 +75,16 @@ def sync_config(model: PreTrainedModel) -> None:
 def check_blocks_can_go(model: PreTrainedModel, stack: str, dropped: set[int]) -> None:
     """Make sure that the config can describe the model without these blocks, without touching the model.
 
-    The model that the new config builds (on the meta device) must have, block by block, the modules, shapes and settings of the
-    blocks that stay: a sliding-window pattern that is a period, say, no longer fits after one block is gone.
+    The model that the new config builds (on the meta device) must have, block by block, the modules, shapes
+    and settings of the blocks that stay: a sliding-window pattern that is a period, say, no longer fits after
+    one block is gone.
 
     :raises ConfigCannotSayError: names the first block and setting that would come out different
     """
     config = copy.deepcopy(model.config)
     blocks = list(model.get_submodule(stack))
     kept = [index for index in range(len(blocks)) if index not in dropped]
+    _check_positions(text_config(config).model_type, kept, dropped)
     keep_blocks(config, kept)
     text_config(config).use_cache = True
     with load_trimmed_moe(), torch.device("meta"):
@@ -88,10 +94,23 @@ def check_blocks_can_go(model: PreTrainedModel, stack: str, dropped: set[int]) -
         for key in sorted(theirs):
             if key in ours and theirs[key] != ours[key]:
                 raise ConfigCannotSayError(
-                    f"Blocks {sorted(dropped)} cannot be dropped from a {text_config(config).model_type!r} model: block {old} would become "
-                    f"block {new}, where its config makes {key} = {theirs[key]!r} instead of {ours.get(key)!r}. Choose other blocks "
+                    f"Blocks {sorted(dropped)} cannot be dropped from a {text_config(config).model_type!r} "
+                    f"model: block {old} would become "
+                    f"block {new}, where its config makes {key} = {theirs[key]!r} instead of "
+                    f"{ours.get(key)!r}. Choose other blocks "
                     "(`protect`, `blocks`) so that the pattern stays whole."
                 )
+
+
+def _check_positions(model_type: str, kept: list[int], dropped: set[int]) -> None:
+    period = exception_for(model_type).position_period
+    for new, old in enumerate(kept):
+        if (old - new) % period:
+            raise ConfigCannotSayError(
+                f"Blocks {sorted(dropped)} cannot be dropped from a {model_type!r} model: vLLM takes a block's kind of "
+                f"attention from its index modulo {period}, and block {old} would become block {new}. Drop neighbouring "
+                f"blocks in multiples of {period}: pattern='consecutive' with such a num_drop, or name the blocks."
+            )
 
 
 def _settings(block: nn.Module) -> dict[str, object]:

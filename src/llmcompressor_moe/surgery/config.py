@@ -1,4 +1,6 @@
-"""Make a config say what the model has become: every field that counts or lists blocks, MoE layers or experts."""
+"""Make a config say what the model has become: every field that counts or lists blocks, MoE layers or
+experts.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def _periodic_moe_layers(config: PreTrainedConfig) -> set[int] | None:
 
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """What a text config says of single layers: block index -> attribute -> value; empty for uniform models."""
+    """What a text config says of single layers: block index -> attribute -> value; empty if nothing."""
     spec = text_config(config).__dict__.get("_heterogeneity_spec")
     return {index: dict(layer) for index, layer in spec.per_layer_overrides.items()} if spec else {}
 
@@ -91,11 +93,13 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
 def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | None]) -> None:
     """Write expert counts and skipped MoE layers into the text config, in place.
 
-    The same count everywhere and nothing skipped is a plain field. Otherwise the largest count becomes the global value and
-    ``per_layer_config`` names the layers that differ. A skipped MoE layer gets ``skip: ["mlp"]`` and the count 0: the count makes the
-    attribute a per-layer one, so that a reader which does not know the format fails instead of filling the layer with random weights.
+    The same count everywhere and nothing skipped is a plain field. Otherwise the largest count becomes the
+    global value and ``per_layer_config`` names the layers that differ. A skipped MoE layer gets ``skip:
+    ["mlp"]`` and the count 0: the count makes the attribute a per-layer one, so that a reader which does not
+    know the format fails instead of filling the layer with random weights.
 
-    :param expert_counts: block index -> number of experts, 0 for a skipped MoE layer; dense blocks are left out
+    :param expert_counts: block index -> number of experts, 0 for a skipped MoE layer; dense blocks are left
+        out
     """
     config = text_config(config)
     names = expert_count_attributes(config)
@@ -116,7 +120,8 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
     overrides = {index: layer for index, layer in sorted(overrides.items()) if layer}
     if overrides:
         config.per_layer_config = overrides
-        # The rest of a loaded model (load balancing, generation) may read the global value; a file never says so.
+        # The rest of a loaded model (load balancing, generation) may read the global value; a file never says
+        # so.
         config.allow_global_per_layer_attribute_access = True
 
 
@@ -131,7 +136,8 @@ def set_expert_count(config: PreTrainedConfig, count: int) -> None:
 def switch_off_mtp(config: PreTrainedConfig) -> list[str]:
     """Set the number of multi-token-prediction layers to 0; return the fields that were on.
 
-    transformers does not load those layers, so they cannot be trimmed with the rest; left as they are they would contradict it.
+    transformers does not load those layers, so they cannot be trimmed with the rest; left as they are they
+    would contradict it.
     """
     config = text_config(config)
     names = dict.fromkeys(config.attribute_map.get(name, name) for name in _MTP)

@@ -20,8 +20,9 @@ _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts", 
 def keep_experts(model: nn.Module, moe: MoELayer, kept: Sequence[int]) -> None:
     """Keep only the experts ``kept``, renumbered in that order, and cut the router to match.
 
-    Experts stay the same module objects (offloading travels with them). Every parameter and buffer of the MoE layer outside of the
-    experts that has an expert axis (router weight and bias, correction biases, per-expert scales) loses the same rows.
+    Experts stay the same module objects (offloading travels with them). Every parameter and buffer of the MoE
+    layer outside of the experts that has an expert axis (router weight and bias, correction biases,
+    per-expert scales) loses the same rows.
 
     :param moe: the layer as it is now
     :param kept: indices among its present experts
@@ -74,7 +75,9 @@ def _per_expert_tensors(model: nn.Module, moe: MoELayer) -> Iterator[tuple[nn.Mo
 
 
 def _expert_axis(tensor: torch.Tensor, num_experts: int, is_router: bool) -> int | None:
-    """The axis with one entry per expert. Outside of the router only vectors count: a matrix there may have that size by chance."""
+    """The axis with one entry per expert. Outside of the router only vectors count: a matrix there may have
+    that size by chance.
+    """
     if not is_router and tensor.numel() != num_experts:
         return None
     return next((axis for axis, size in enumerate(tensor.shape) if size == num_experts), None)

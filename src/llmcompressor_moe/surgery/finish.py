@@ -1,4 +1,6 @@
-"""The last step of a recipe: from a model with bypassed parts to one that stock transformers could have built."""
+"""The last step of a recipe: from a model with bypassed parts to one that stock transformers could have
+built.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ __all__ = ["finish"]
 
 
 def finish(session: TrimSession) -> None:
-    """Remove bypassed blocks and MoE layers, renumber, rewrite the config, put unquantized experts back into fused modules, and make
-    saving tell the truth. Does nothing the second time.
+    """Remove bypassed blocks and MoE layers, renumber, rewrite the config, put unquantized experts back into
+    fused modules, and make saving tell the truth. Does nothing the second time.
     """
     if session.finished:
         return

@@ -21,8 +21,8 @@ __all__ = ["repack_experts"]
 def repack_experts(model: PreTrainedModel) -> list[str]:
     """Replace every linearized experts module without quantized weights by the family's fused one, in place.
 
-    A model that is not quantized is then what stock transformers builds: it runs on the fast fused kernels, and `save_pretrained`
-    writes the checkpoint names of its family.
+    A model that is not quantized is then what stock transformers builds: it runs on the fast fused kernels,
+    and `save_pretrained` writes the checkpoint names of its family.
 
     :return: paths of the modules that were replaced
     """
@@ -68,7 +68,8 @@ def _fuse(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrain
                 break
         else:
             raise TypeError(
-                f"{fused_cls.__name__} keeps gate and up projections in an order that this version of llmcompressor-moe does "
+                f"{fused_cls.__name__} keeps gate and up projections in an order that this version of "
+                f"llmcompressor-moe does "
                 "not know; please report the model."
             )
     for name, buffer in fused.named_buffers():
@@ -82,7 +83,9 @@ def _fuse(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrain
 
 
 def _with_values(config: PreTrainedConfig, values: dict[str, int]) -> PreTrainedConfig:
-    """A shallow copy of a config with other plain values; a copy of one layer's view, so without per-layer rules."""
+    """A shallow copy of a config with other plain values; a copy of one layer's view, so without per-layer
+    rules.
+    """
     layer = copy.copy(config.per_layer_config[0] if config.is_heterogeneous else config)
     for name, value in values.items():
         setattr(layer, name, value)
@@ -111,7 +114,8 @@ def _assign(fused: nn.Module, tensors: dict[str, torch.Tensor], *, transposed: b
         value = tensor.transpose(1, 2).contiguous() if transposed and tensor.ndim == 3 else tensor
         if value.shape != getattr(fused, name).shape:
             raise TypeError(
-                f"{type(fused).__name__}.{name} is {tuple(getattr(fused, name).shape)}, its experts give {tuple(value.shape)}."
+                f"{type(fused).__name__}.{name} is {tuple(getattr(fused, name).shape)}, its experts give "
+                f"{tuple(value.shape)}."
             )
         setattr(fused, name, nn.Parameter(value, requires_grad=getattr(fused, name).requires_grad))
 

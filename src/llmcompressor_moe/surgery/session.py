@@ -21,8 +21,9 @@ _ORIGINAL_INDEX = "_original_expert_index"
 class TrimSession:
     """A model while a recipe runs. Indices are those of the model as it came in, whatever has been cut since.
 
-    Blocks and MoE layers are bypassed when they are dropped and removed by `compact`; experts are removed at once, and every expert
-    carries its original index, so that cuts by other modifiers in between do not confuse ours.
+    Blocks and MoE layers are bypassed when they are dropped and removed by `compact`; experts are removed at
+    once, and every expert carries its original index, so that cuts by other modifiers in between do not
+    confuse ours.
     """
 
     model: PreTrainedModel
