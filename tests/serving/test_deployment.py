@@ -1,4 +1,4 @@
-"""The ways of running vLLM: several processes, pipeline and tensor parallel, the API server."""
+"""The ways of running vLLM: several processes, tensor parallel, the API server."""
 
 import pathlib
 
@@ -16,11 +16,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case("mixtral", "layer and expert drop", tmp_path_factory.mktemp("deployment"))
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}],
-    ids=["one", "pipeline", "tensor"],
-)
+@pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 2}], ids=["one", "tensor"])
 def test_spawned_workers(case: Case, parallel: dict[str, int]):
     [result] = vllm_logprobs(
         [case.checkpoint], PROMPTS, multiprocessing=True, distributed_executor_backend="mp", **parallel
