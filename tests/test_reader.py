@@ -9,11 +9,13 @@ import pytest
 import tiny_models
 import torch
 from cut_by_hand import EXPERTS, Cut, load, logits
+from llmcompressor.modeling.moe.linearize import get_linearized_moes, load_quantizable_moe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import load_trimmed_moe
 from llmcompressor_moe.surgery.skipped import SkippedMoE
+from llmcompressor_moe.topology import expert_modules
 
 
 @pytest.fixture(scope="module", params=tiny_models.buildable())
@@ -193,3 +195,15 @@ def test_missing_tensors_are_reported_not_invented(mixtral: pathlib.Path, tmp_pa
     assert "model.layers.1.block_sparse_moe.experts.7.w1.weight" in load_file(mixtral / "model.safetensors")
     with load_trimmed_moe(), pytest.raises(RuntimeError, match="mismatch"):
         load(tmp_path)
+
+
+def test_loads_with_linear_experts_for_calibration(tmp_path: pathlib.Path) -> None:
+    """Together with llm-compressor's own context."""
+    cut = Cut("mixtral", tmp_path)
+    path = cut.write(cut.whole, tmp_path / "cut")
+    with load_trimmed_moe():
+        fused, _ = load(path)
+        with load_quantizable_moe():
+            linear = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    assert [len(expert_modules(experts)) for _, experts in get_linearized_moes(linear)] == [8, 8, 6]
+    torch.testing.assert_close(logits(linear), logits(fused), atol=1e-5, rtol=1e-5)
