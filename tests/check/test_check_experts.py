@@ -81,6 +81,18 @@ def test_more_experts_than_stated(good):
     assert errors(path) == {"config-experts"}
 
 
+def test_an_expert_too_many(good):
+    path = good()
+    home = "model.layers.1.block_sparse_moe.experts"
+
+    def change(tensors):
+        for leaf in ("w1", "w2", "w3"):
+            tensors[f"{home}.8.{leaf}.weight"] = tensors[f"{home}.7.{leaf}.weight"].clone()
+
+    edit_tensors(path, change)
+    assert errors(path) == {"experts-extra"}
+
+
 def test_experts_that_were_not_renumbered(good):
     path = good()
     drop(path, "layers.1.block_sparse_moe.experts.3.")

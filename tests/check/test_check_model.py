@@ -93,6 +93,14 @@ def test_unknown_architecture_and_remote_code_are_not_run(good):
     assert errors(path) == {"config-illegal"}
 
 
+def test_an_architecture_without_model_class(good):
+    path = good()
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "siglip_text_model", "architectures": ["No"]})
+    )
+    assert errors(path) == {"architecture-unknown"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -90,7 +90,6 @@ class CheckpointLayout:
     files: tuple[str, ...]
     tensors: dict[str, TensorInfo]
     problems: tuple[LayoutProblem, ...] = ()
-    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -136,8 +135,8 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata that the header of one safetensors file declares, checked against the file.
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors that the header of one safetensors file declares, checked against the file.
 
     Raises:
         ValueError: the header is no header, or its offsets do not fit its shapes or the file's size.
@@ -149,7 +148,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ValueError(f"{path.name}: {damage}") from None
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -167,13 +166,12 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise _Damaged("file-corrupt", f"the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise _Damaged("file-corrupt", "the header is no JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    if not isinstance(header.pop("__metadata__", {}), dict):
         raise _Damaged("file-corrupt", "__metadata__ is no JSON object")
     begin = 8 + length
     tensors = {name: _tensor(name, entry, path.name, begin) for name, entry in header.items()}
     _check_coverage(tensors.values(), begin, size)
-    return tensors, {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return tensors
 
 
 def _tensor(name: str, entry: Any, file: str, begin: int) -> TensorInfo:
@@ -304,11 +302,10 @@ def read_layout(path: str | Path) -> CheckpointLayout:
     problems.extend(odd)
 
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
     unread: set[str] = set()
     for file in files:
         try:
-            found, about = _read_header(root / file)
+            found = _read_header(root / file)
         except FileNotFoundError:
             unread.add(file)
             problems.append(
@@ -325,7 +322,6 @@ def read_layout(path: str | Path) -> CheckpointLayout:
             unread.add(file)
             problems.append(LayoutProblem("file-unreadable", file, str(error), "check the permissions"))
             continue
-        metadata.update(about)
         for name, tensor in found.items():
             if name in tensors:
                 problems.append(
@@ -340,7 +336,7 @@ def read_layout(path: str | Path) -> CheckpointLayout:
                 tensors[name] = tensor
     if weight_map is not None:
         problems.extend(_index_problems(weight_map, tensors, unread))
-    return CheckpointLayout(root, tuple(files), tensors, tuple(problems), metadata)
+    return CheckpointLayout(root, tuple(files), tensors, tuple(problems))
 
 
 def _index_problems(
