@@ -36,15 +36,14 @@ Plan = Mapping[int, LayerOverride]
 
 
 def concerns_experts(config: "PreTrainedConfig") -> bool:
-    """Whether layers of `config` differ in what this plugin is for: a skipped part or an expert attribute.
+    """Whether layers of `config` differ in what this plugin is for: a skipped part or an expert count.
 
     Other differences (per-layer head sizes, say) belong to the architectures that read them themselves.
     """
     if not getattr(config, "is_heterogeneous", False):
         return False
-    return any("expert" in name for name in config.per_layer_attributes) or any(
-        layer.skip for layer in config.per_layer_config
-    )
+    overridden = {_canonical(config, name) for name in config.per_layer_attributes}
+    return bool(overridden & _count_names(config)) or any(layer.skip for layer in config.per_layer_config)
 
 
 def read_plan(config: "PreTrainedConfig") -> Plan:
