@@ -82,3 +82,18 @@ class DropReport(BaseModel):
                     f"The plan was made for another model or modifier: its {name} is {ours!r}, here it is "
                     f"{theirs!r}."
                 )
+
+    def check_drops(self, kind: type) -> None:
+        """Make sure that ``dropped``, edited by hand perhaps, names something, each only once.
+
+        :param kind: ``list`` for block indices, ``dict`` for experts per block
+        :raises PlanFileError: it does not
+        """
+        lists = list(self.dropped.values()) if isinstance(self.dropped, dict) else [self.dropped]
+        distinct = all(indices and len(set(indices)) == len(indices) for indices in lists)
+        if not isinstance(self.dropped, kind) or not lists or not distinct:
+            what = "a list of block indices" if kind is list else "an object: block index -> list of experts"
+            raise PlanFileError(
+                f"The plan's dropped = {self.dropped!r} must be {what}, with at least one index and each only "
+                "once."
+            )

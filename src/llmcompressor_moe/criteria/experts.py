@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,11 +85,21 @@ def output_norm(given: ScoreInput) -> Scores:
 
 
 def weight_norm(given: ScoreInput) -> Scores:
-    """Frobenius norm of all weights of the expert; needs no data."""
-    return [
+    """Frobenius norm of all weights of the expert; needs no data.
+
+    :raises FloatingPointError: weights are NaN or infinite
+    """
+    norms = [
         float(torch.stack([matrix.double().square().sum() for matrix in expert]).sum().sqrt())
         for expert in given.weights
     ]
+    bad = [expert for expert, norm in enumerate(norms) if not math.isfinite(norm)]
+    if bad:
+        raise FloatingPointError(
+            f"The weights of experts {bad} in block {given.layer}: they are NaN or infinite. No part was dropped. "
+            "Check the checkpoint."
+        )
+    return norms
 
 
 def redundancy(given: ScoreInput) -> Scores:

@@ -47,6 +47,9 @@ class TrimModifier(Modifier):
     # Bypassed parts are safe for modifiers that share the pass; experts are removed, so they go after it.
     cuts_before_the_pass: ClassVar[bool] = True
 
+    # What ``dropped`` of a plan must be: block indices, or experts per block.
+    plan_kind: ClassVar[type] = list
+
     protect: list[int] = Field(default_factory=list)
     report_path: str | None = None
     plan_path: str | None = None
@@ -208,6 +211,7 @@ class TrimModifier(Modifier):
             len(topology.blocks),
             {index: moe.num_experts for index, moe in topology.moe_layers.items()},
         )
+        report.check_drops(self.plan_kind)
         return report.dropped
 
 

@@ -56,6 +56,7 @@ class ExpertDropModifier(TrimModifier):
     min_experts: int | None = None
 
     cuts_before_the_pass: ClassVar[bool] = False
+    plan_kind: ClassVar[type] = dict
 
     @model_validator(mode="after")
     def _check_amount(self) -> ExpertDropModifier:

@@ -44,7 +44,7 @@ def collect_profile(
     runs = RunObserver(model, live, run_length) if Statistic.RUN in wanted and run_length else None
     experts = {}
     if wanted & {Statistic.ROUTING, Statistic.OUTPUT, Statistic.REDUNDANCY}:
-        experts = {block.index: ExpertsObserver(model, block.moe, wanted) for block in layers}
+        experts = {block.index: ExpertsObserver(model, block, wanted) for block in layers}
     observers = [
         *([blocks] if wanted & {Statistic.BLOCK, Statistic.LAYER} else []),
         *([runs] if runs else []),

@@ -12,7 +12,7 @@ from compressed_tensors.offload import disable_offloading, get_execution_device,
 from compressed_tensors.offload.cache.base import OffloadCache
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor.pipelines.sequential.helpers import trace_subgraphs
+from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import (
     DisableQuantization,
@@ -32,6 +32,7 @@ __all__ = ["batch_mask", "is_offloaded", "run_batches", "run_once", "sum_over_ra
 Batch = dict[str, Any]
 BatchStart = Callable[[int, Batch], None]
 
+# Functions that are called as they are and not traced (upstream's list).
 _TRACING_IGNORE = [
     "_update_causal_mask",
     "create_causal_mask",
@@ -125,6 +126,8 @@ def _run_block_by_block(
     onload = get_main_device()
     set_onload_device(model, onload)
     subgraphs = trace_subgraphs(model, batches[0], infer_sequential_targets(model), _TRACING_IGNORE)
+    for subgraph in subgraphs:
+        _use_real_configs(subgraph, model)
     with calibration_forward_context(model):
         activations = IntermediatesCache.from_dataloader(batches, onload, torch.device("cpu"))
         for step, subgraph in enumerate(tqdm(subgraphs, desc=description, leave=False)):
@@ -136,6 +139,28 @@ def _run_block_by_block(
                     if not last:
                         activations.update(index, outputs)
                         activations.delete(index, subgraph.consumed_names)
+
+
+def _use_real_configs(subgraph: Subgraph, model: PreTrainedModel) -> None:
+    """Give traced calls the model's own config objects.
+
+    Tracing rebuilds a config that is an argument (of a mask function, say) from its fields and so loses which
+    attention is in use: the mask is then left out, and eager attention without a mask sees the future.
+    """
+    configs = {
+        type(config): config for config in (getattr(module, "config", None) for module in model.modules())
+    }
+    for node in subgraph.graph.nodes:
+        if node.op == "call_function" and node.target in configs:
+            node.target, node.kwargs = _returns(configs[node.target]), {}
+
+
+def _returns(value: Any) -> Callable[[], Any]:
+    def config() -> Any:
+        return value
+
+    config.__qualname__ = config.__name__ = f"config_{id(value)}"
+    return config
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -11,9 +11,9 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from llmcompressor_moe.profile.data import ExpertProfile, Statistic
+from llmcompressor_moe.profile.data import ExpertProfile, Statistic, require_finite
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
-from llmcompressor_moe.topology import Block, MoELayer, expert_modules
+from llmcompressor_moe.topology import Block, expert_modules
 
 __all__ = ["BlockObserver", "ExpertsObserver", "RunObserver"]
 
@@ -217,8 +217,10 @@ class RunObserver(_Observer):
 class ExpertsObserver(_Observer):
     """Routing and outputs of the experts of one MoE layer; runs them on routed tokens only."""
 
-    def __init__(self, model: nn.Module, moe: MoELayer, wanted: Collection[Statistic]) -> None:
+    def __init__(self, model: nn.Module, block: Block, wanted: Collection[Statistic]) -> None:
         super().__init__()
+        moe = block.moe
+        self._block = block.index
         self._experts: LinearExperts2D = model.get_submodule(moe.experts)
         self._router = model.get_submodule(moe.router) if moe.router else None
         self._outputs = Statistic.OUTPUT in wanted
@@ -226,6 +228,8 @@ class ExpertsObserver(_Observer):
         count = moe.num_experts
         self._sums = torch.zeros(5, count, dtype=torch.float64)
         self._similarity = torch.zeros(count + 1, count, dtype=torch.float64)
+        # Not finite as soon as one output is not, whatever else is collected.
+        self._output_total = torch.zeros(1, dtype=torch.float64)
         self._device_sums: torch.Tensor | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -244,11 +248,17 @@ class ExpertsObserver(_Observer):
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
         if self._device_sums is not None:
-            self._sums += self._device_sums.cpu()
+            self._sums += self._device_sums[:-1].cpu()
+            self._output_total += self._device_sums[-1, :1].cpu()
             self._device_sums = None
-        return [self._sums, self._similarity]
+        return [self._sums, self._similarity, self._output_total]
 
     def profile(self) -> ExpertProfile:
+        """The layer's statistics.
+
+        :raises FloatingPointError: the experts' output is NaN or infinite
+        """
+        require_finite(float(self._output_total), "sum of expert outputs", self._block)
         """The sums as plain numbers."""
         tokens, gate, probability, norm, weighted = self._sums.tolist()
         similarity = self._similarity[:-1] / self._similarity[-1].clamp(min=1)
@@ -264,7 +274,7 @@ class ExpertsObserver(_Observer):
 
     def _accumulator(self, device: torch.device) -> torch.Tensor:
         if self._device_sums is None:
-            self._device_sums = torch.zeros_like(self._sums, device=device)
+            self._device_sums = torch.zeros(6, self._sums.shape[1], dtype=torch.float64, device=device)
         return self._device_sums
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -311,6 +321,7 @@ class ExpertsObserver(_Observer):
         else:
             result = scattered_forward(self._experts, flat, on_expert).reshape_as(hidden_states)
             sample = flat.view(self._sums.shape[1], tokens, -1).abs().amax(dim=0)
+        accumulator[5, 0] += result.sum(dtype=torch.float64)
         if self._redundancy:
             self._compare(sample if keep is None else sample[keep.to(sample.device)])
         return result
