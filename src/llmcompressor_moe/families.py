@@ -47,6 +47,7 @@ _ONE_MATRIX = "its router scores routed and shared experts with one matrix, whic
 _SKIP_CLASS = (
     "its router has one output more than there are experts, for skipping, which this version does not cut"
 )
+_HANDED_ON = "its routers hand a state from block to block, which a missing block would change"
 _PLACE_MATTERS = (
     "the decay of its linear attention depends on a block's place among all blocks, so every block after "
     "a dropped one would compute something else"
@@ -59,7 +60,7 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     "diffusion_gemma_text": FamilyException(_IN_THE_BLOCK, _IN_THE_BLOCK, _IN_THE_BLOCK),
     "deepseek_v4": FamilyException(refuse_expert_drop=_TOKEN_TABLE),
     "inkling_text": FamilyException(refuse_expert_drop=_ONE_MATRIX),
-    "zaya": FamilyException(refuse_expert_drop=_SKIP_CLASS),
+    "zaya": FamilyException(refuse_expert_drop=_SKIP_CLASS, refuse_block_drop=_HANDED_ON),
     # vLLM 0.32 slides every other block, whatever `layer_types` says.
     "gpt_oss": FamilyException(position_period=2),
     "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),

@@ -107,9 +107,10 @@ def _check_positions(model_type: str, kept: list[int], dropped: set[int]) -> Non
     for new, old in enumerate(kept):
         if (old - new) % period:
             raise ConfigCannotSayError(
-                f"Blocks {sorted(dropped)} cannot be dropped from a {model_type!r} model: vLLM takes a block's kind of "
-                f"attention from its index modulo {period}, and block {old} would become block {new}. Drop neighbouring "
-                f"blocks in multiples of {period}: pattern='consecutive' with such a num_drop, or name the blocks."
+                f"Blocks {sorted(dropped)} cannot be dropped from a {model_type!r} model: vLLM takes a block's "
+                f"kind of attention from its index modulo {period}, and block {old} would become block {new}. "
+                f"Drop neighbouring blocks in multiples of {period}: pattern='consecutive' with such a "
+                "num_drop, or name the blocks."
             )
 
 
