@@ -1,6 +1,7 @@
 """config.json against tensor names and shapes: nothing missing, nothing extra, nothing of another size."""
 
 import json
+import re
 
 import pytest
 import support
@@ -253,6 +254,16 @@ def test_fused_family_under_names_of_single_experts(good):
 
     edit_tensors(path, split)
     assert "fused" in finding(path, "expert-names").message
+
+
+def test_a_text_model_keeps_the_prefix_of_the_checkpoint_it_came_from(good, tmp_path):
+    path = good("qwen3_5_moe_text")
+    rename(path, lambda name: re.sub(r"^model\.", "model.language_model.", name))
+    AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "again")
+    assert any(name.startswith("model.language_model.") for name in load_file(tmp_path / "again" / WEIGHTS))
+    assert codes(check_checkpoint(tmp_path / "again")) == set()
+    drop(tmp_path / "again", "layers.1.mlp.experts.3.down_proj")
+    assert not check_checkpoint(tmp_path / "again").ok
 
 
 def test_raise_if_errors_names_what_is_wrong(good):

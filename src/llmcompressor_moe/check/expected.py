@@ -4,29 +4,16 @@ checkpoint's own names and shapes by the same reversal that `save_pretrained` us
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    conversion_mapping,
-)
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from llmcompressor_moe.check.config import ReadConfig
+from llmcompressor_moe.check.naming import Naming, find_naming, saved_state
 from llmcompressor_moe.topology import MoELayer, NotAnMoEError, Topology, find_topology
 
 # Names under which llm-compressor linearizes experts, whatever the family calls them.
@@ -134,53 +121,10 @@ def build_meta(config: ReadConfig, cls: type[PreTrainedModel]) -> PreTrainedMode
     return model
 
 
-class _Naming:
-    """Native names for tensors and modules of one meta model."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        # the prefix changes are dropped as revert_weight_conversion drops them for a fresh model
-        conversions = [
-            c
-            for c in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(c, PrefixChange)
-        ]
-        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        self.backward = [c.reverse_transform() for c in self.renamings[::-1]]
-        self.source_position = {
-            pattern: position
-            for converter in self.converters
-            for position, pattern in enumerate(converter.source_patterns)
-        }
-        self.runtime_state = model.state_dict()
-
-    def runtime_of(self, native: str) -> tuple[str, int | None]:
-        """The runtime tensor that a native one goes into, and its position among that tensor's sources."""
-        if native in self.runtime_state:
-            return native, None
-        name, pattern = rename_source_key(
-            native, self.renamings, self.converters, self.model.base_model_prefix, self.runtime_state
-        )
-        return name, None if pattern is None else self.source_position[pattern]
-
-    def native_module(self, runtime: str) -> str:
-        """The native name of a module whose tensors are renamed but not reshaped."""
-        probe, _ = rename_source_key(f"{runtime}.weight", self.backward, [], reverse=False)
-        return probe.removesuffix(".weight")
-
-
-def _saved_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """State dict as `save_pretrained` takes it, and the names that it leaves out as tied."""
-    state = model.state_dict()
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    kept = remove_tied_weights_from_state_dict(dict(state), model)
-    return state, state.keys() - kept.keys()
-
-
-def lay_out(config: ReadConfig) -> ExpectedModel | None:
+def lay_out(config: ReadConfig, stored: Collection[str] = ()) -> ExpectedModel | None:
     """Everything the config demands; None when transformers has no model class for it.
+
+    The names of the `stored` tensors decide between prefixes where the architecture has several.
 
     Raises:
         Exception: whatever the model class raises on a config that cannot be built.
@@ -189,35 +133,11 @@ def lay_out(config: ReadConfig) -> ExpectedModel | None:
     if cls is None:
         return None
     model = build_meta(config, cls)
-    with _own_mappings():
-        return _lay_out(config, model)
-
-
-@contextlib.contextmanager
-def _own_mappings() -> Iterator[None]:
-    """The architectures' own conversion mappings, whoever has overwritten them in this process.
-
-    llm-compressor's load_quantizable_moe() registers its own for good.
-    """
-    current = conversion_mapping._checkpoint_conversion_mapping_cache
-    conversion_mapping._checkpoint_conversion_mapping_cache = (
-        current or {}
-    ) | conversion_mapping._build_checkpoint_conversion_mapping()
-    try:
-        yield
-    finally:
-        conversion_mapping._checkpoint_conversion_mapping_cache = current
-
-
-def _lay_out(config: ReadConfig, model: PreTrainedModel) -> ExpectedModel:
-    state, tied = _saved_state(model)
-    naming = _Naming(model)
-    native = revert_weight_conversion(model, {k: v for k, v in state.items() if k not in tied})
+    naming = find_naming(model, stored)
+    state, tied = saved_state(model)
+    native = naming.revert({k: v for k, v in state.items() if k not in tied})
     shapes = {name: tuple(tensor.shape) for name, tensor in native.items()}
-    optional = {
-        name: tuple(t.shape)
-        for name, t in revert_weight_conversion(model, {k: state[k] for k in tied}).items()
-    }
+    optional = {name: tuple(t.shape) for name, t in naming.revert({k: state[k] for k in tied}).items()}
     try:
         topology = find_topology(model)
     except NotAnMoEError:
@@ -253,7 +173,7 @@ def layer_of(name: str, layers_path: str) -> int | None:
     return int(head) if head.isdigit() and len(head) <= 6 else None
 
 
-def _fill_modules(expected: ExpectedModel, naming: _Naming) -> None:
+def _fill_modules(expected: ExpectedModel, naming: Naming) -> None:
     """Linears, routers, gates and embeddings outside the experts."""
     routers = {moe.router: index for index, moe in expected.moe_layers.items() if moe.router}
     experts = tuple(f"{moe.experts}." for moe in expected.moe_layers.values())
@@ -291,7 +211,7 @@ def _fill_modules(expected: ExpectedModel, naming: _Naming) -> None:
             ]
 
 
-def _fill_experts(expected: ExpectedModel, naming: _Naming) -> None:
+def _fill_experts(expected: ExpectedModel, naming: Naming) -> None:
     """Names and roles of the routed experts' tensors, native and linearized."""
     by_runtime: dict[str, list[tuple[str, int | None]]] = {}
     for native in expected.shapes:

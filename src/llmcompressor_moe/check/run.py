@@ -48,7 +48,7 @@ def check_checkpoint(path: str | Path, *, tensor_parallel: int = 1, expert_paral
         if config is not None:
             report.model_type = config.text.model_type
             sound = per_layer.check_meaning(config, findings)
-            expected = _lay_out(config, sound, findings)
+            expected = _lay_out(config, layout, sound, findings)
             if expected is not None:
                 report.experts = _experts(config, expected)
                 _check_model(config, expected, layout, complete, tensor_parallel, expert_parallel, findings)
@@ -83,9 +83,11 @@ def _read_config(root: Path, findings: Findings) -> ReadConfig | None:
     return config
 
 
-def _lay_out(config: ReadConfig, sound: bool, findings: Findings) -> ExpectedModel | None:
+def _lay_out(
+    config: ReadConfig, layout: CheckpointLayout, sound: bool, findings: Findings
+) -> ExpectedModel | None:
     try:
-        expected = lay_out(config)
+        expected = lay_out(config, layout.tensors)
     except Exception as error:
         if sound:
             findings.error(
