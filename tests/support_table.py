@@ -36,7 +36,8 @@ UPSTREAM_LIMITS = {
     "minimax_m3_vl_text": "llm-compressor 0.14's linearized experts lack its activation's settings "
     "(`swiglu_alpha`)",
     "qwen3_omni_moe_thinker": (
-        "transformers 5.17 cannot run the thinker alone with an attention mask (its config lacks `vision_start_token_id`)"
+        "transformers 5.17 cannot run the thinker alone with an attention mask "
+        "(its config lacks `vision_start_token_id`)"
     ),
 }
 

@@ -389,7 +389,7 @@ def test_disk_full_while_saving(
 
     with monkeypatch.context() as patch:
         # The weights are on disk already; the model card no longer fits.
-        patch.setattr("llmcompressor_moe.checkpoint.save.write_model_card", full)
+        patch.setattr("llmcompressor_moe.saving.save.write_model_card", full)
         with pytest.raises(
             atomic.OutputDirectoryError, match=r"Saving to '.*out' failed .*No space left.*as it was before"
         ):

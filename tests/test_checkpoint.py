@@ -168,7 +168,7 @@ def test_crash_while_saving_leaves_no_target(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = support.trim(support.load(mixtral), [LayerDropModifier(layers=[1])], no_data=True)
-    monkeypatch.setattr("llmcompressor_moe.checkpoint.save.write_model_card", _fail)
+    monkeypatch.setattr("llmcompressor_moe.saving.save.write_model_card", _fail)
     with pytest.raises(OutputDirectoryError, match="as it was before"):
         model.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -183,7 +183,7 @@ def test_crash_while_saving_leaves_an_older_checkpoint(
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     model = support.trim(support.load(mixtral), [BlockDropModifier(blocks=[1])], no_data=True)
     with monkeypatch.context() as patch:
-        patch.setattr("llmcompressor_moe.checkpoint.save.write_model_card", _fail)
+        patch.setattr("llmcompressor_moe.saving.save.write_model_card", _fail)
         with pytest.raises(OutputDirectoryError):
             model.save_pretrained(out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -198,7 +198,7 @@ def test_illegal_checkpoint_is_not_handed_out(
 ) -> None:
     model = support.trim(support.load(mixtral), [ExpertDropModifier(experts={0: [1]})], no_data=True)
     # A save that forgets what changed: the config would lie about the tensors.
-    monkeypatch.setattr("llmcompressor_moe.checkpoint.save.write_config_changes", lambda *_: None)
+    monkeypatch.setattr("llmcompressor_moe.saving.save.write_config_changes", lambda *_: None)
     with pytest.raises(Exception, match="not legal to serve"):
         model.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.names import ExpertNames
 from llmcompressor_moe.checkpoint.quantized_names import cover_quantized_modules
+from llmcompressor_moe.surgery.config_changes import NEVER_WRITTEN, ConfigChanges
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["ConfigChanges", "write_config_changes"]
-
-# In memory only: in a file it would let readers that do not know per-layer values pass over them.
-_NEVER_WRITTEN = "allow_global_per_layer_attribute_access"
-
-
-class ConfigChanges:
-    """Text-config fields that differ from those the model came with.
-
-    llm-compressor saves the original config.json and patches three fields; all others that a cut changed are
-    written after it.
-    """
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self._before = _fields(config)
-
-    def of(self, config: PreTrainedConfig) -> tuple[dict[str, Any], set[str]]:
-        """(changed or new fields, fields that are gone)."""
-        now = _fields(config)
-        changed = {
-            name: value
-            for name, value in now.items()
-            if name not in self._before or self._before[name] != value
-        }
-        return changed, {name for name in self._before if name not in now}
-
-
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    fields = json.loads(json.dumps(text_config(config).to_dict(), default=str))
-    fields.pop(_NEVER_WRITTEN, None)
-    return fields
+__all__ = ["write_config_changes"]
 
 
 def write_config_changes(
@@ -66,7 +36,7 @@ def write_config_changes(
     for name in gone:
         fields.pop(name, None)
     for level in (whole, fields):
-        level.pop(_NEVER_WRITTEN, None)
+        level.pop(NEVER_WRITTEN, None)
     if "quantization_config" in whole:
         cover_quantized_modules(model, whole["quantization_config"], names)
     path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")

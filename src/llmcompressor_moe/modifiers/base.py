@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from llmcompressor_moe.modifiers.shared import SharedPass
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
 from llmcompressor_moe.report import DropReport
-from llmcompressor_moe.surgery.finish import finish
+from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["TrimModifier"]

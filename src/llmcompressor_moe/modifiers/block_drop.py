@@ -12,7 +12,7 @@ from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.plan import longest_run_beyond, run_to_drop
 from llmcompressor_moe.profile import Profile, Statistic
 from llmcompressor_moe.report import DropReport
-from llmcompressor_moe.surgery.compact import check_blocks_can_go
+from llmcompressor_moe.saving.expressible import check_blocks_can_go
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["BlockDropModifier"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.checkpoint.config_file import ConfigChanges
 from llmcompressor_moe.surgery.bypass import bypass_block, bypass_moe
+from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.experts import keep_experts
 from llmcompressor_moe.topology import MoELayer, Topology, expert_modules, find_topology
 

@@ -4,7 +4,7 @@ built.
 
 from __future__ import annotations
 
-from llmcompressor_moe.checkpoint.save import save_says_what_it_is
+from llmcompressor_moe.saving.save import save_says_what_it_is
 from llmcompressor_moe.surgery.compact import remove_blocks, skip_layers, sync_config
 from llmcompressor_moe.surgery.repack import repack_experts
 from llmcompressor_moe.surgery.session import TrimSession

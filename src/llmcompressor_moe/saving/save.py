@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
-from llmcompressor_moe.checkpoint.card import write_model_card
-from llmcompressor_moe.checkpoint.config_file import ConfigChanges, write_config_changes
+from llmcompressor_moe.checkpoint.config_file import write_config_changes
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
+from llmcompressor_moe.saving.card import write_model_card
 from llmcompressor_moe.surgery.compact import sync_config
+from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.topology import text_config
 
 __all__ = ["HISTORY_FILE", "save_says_what_it_is"]
