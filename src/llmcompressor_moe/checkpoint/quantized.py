@@ -45,8 +45,7 @@ def compressed_experts_as_linears() -> Iterator[None]:
         stored = _stored_experts(kwargs.get("checkpoint_files") or [], names)
         linearized = _linearize(model, {layer for layer, *_ in stored})
         self._expert_renamings = _renamings(names) if linearized else None
-        # The config may name modules as the checkpoint does, not as transformers does; the tensors do not
-        # lie.
+        # The config may name modules as the checkpoint does, not as transformers does; tensors do not lie.
         quantization = self.compressor.quantization_config
         quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
         prepare(self, model, **kwargs)
@@ -62,23 +61,24 @@ def compressed_experts_as_linears() -> Iterator[None]:
 
     CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare_linears
     CompressedTensorsHfQuantizer.update_weight_conversions = convert_linears
+    # Inherited; it splits Llama 4's experts by the config's one count for all layers.
+    CompressedTensorsHfQuantizer._convert_model_for_quantization = lambda self, model: None
     try:
         yield
     finally:
+        del CompressedTensorsHfQuantizer._convert_model_for_quantization
         CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare
         CompressedTensorsHfQuantizer.update_weight_conversions = convert
 
 
 def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
-    """Names of an expert's projections in the family's checkpoints -> names in linearized experts, if "
-    "different."""
+    """An expert's projections: names in the family's checkpoints -> in linearized experts, where they differ."""
     names = expert_names(text_config(model.config).model_type)
     return {own: name for name, own in names.projections.items() if own != name} if names else {}
 
 
 def _stored_experts(files: list[str], names: dict[str, str]) -> dict[tuple[int, int, str], set[str]]:
-    """(layer, expert, projection) -> kinds of tensors that safetensors files hold for it: weight, "
-    "weight_scale, ..."""
+    """(layer, expert, projection) -> kinds of tensors that safetensors files hold: weight, weight_scale, ..."""
     found: dict[tuple[int, int, str], set[str]] = {}
     for file in files:
         if str(file).endswith(".safetensors"):
@@ -118,8 +118,7 @@ def _plain_linears(experts: dict[int, str], stored: dict[tuple[int, int, str], s
 
 
 def _needs_no_initialization(moe: nn.Module) -> None:
-    """Keep transformers from initializing fused experts that are gone, as some families do from the MoE "
-    "layer."""
+    """Keep transformers from initializing fused experts that are gone; some families do from the MoE layer."""
     if not [*moe.parameters(recurse=False), *moe.buffers(recurse=False)]:
         moe._is_hf_initialized = True
 
