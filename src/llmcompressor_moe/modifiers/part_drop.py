@@ -165,7 +165,12 @@ class PartDropModifier(TrimModifier):
         return self._divergence([(index,) for index in candidates])
 
     def _divergence(self, candidates: Sequence[tuple[int, ...]]) -> dict[int, float]:
-        batches = [batch for _, batch in zip(range(self.kl_samples), self._batches, strict=False)]
+        batches, sequences = [], 0
+        for batch in self._batches:
+            if sequences >= self.kl_samples:
+                break
+            batches.append(batch)
+            sequences += len(batch["input_ids"])
         session = self._session
         return divergence_without(session.model, session.topology, batches, candidates, self._part())
 
