@@ -211,6 +211,12 @@ def test_per_layer_list_of_the_wrong_length(good, length):
     assert finding(path, "config-list-length").subject == "layer_types"
 
 
+def test_attention_in_an_order_that_vllm_does_not_run(good):
+    path = good("gpt_oss")
+    edit_json(path / "config.json", lambda c: c.update(layer_types=c["layer_types"][1:] + c["layer_types"][:1]))
+    assert "modulo 2" in finding(path, "config-attention-order").message
+
+
 def test_per_layer_list_that_only_the_config_class_knows(good):
     path = good("llama4_text")
     edit_json(path / "config.json", lambda c: c.update(no_rope_layers=c["no_rope_layers"] + [1]))

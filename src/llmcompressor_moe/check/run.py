@@ -80,6 +80,7 @@ def _read_config(root: Path, findings: Findings) -> ReadConfig | None:
     config = parse_config(root, raw, findings)
     if config is not None:
         stack.check_layer_lists(raw_text, findings, config.text)
+        stack.check_attention_order(config.text, findings)
     return config
 
 

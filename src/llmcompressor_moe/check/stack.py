@@ -9,6 +9,7 @@ from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.expected import ExpectedModel, layer_of
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout
+from llmcompressor_moe.families import exception_for
 
 # Lists of layer indices; every other list with "layer" in its name that starts out as long as the stack has
 # one entry per layer.
@@ -92,6 +93,24 @@ def check_sizes(
                 )
             ]
             comparison.forget(explained)
+
+
+def check_attention_order(parsed: PreTrainedConfig, findings: Findings) -> None:
+    """Families whose kind of attention vLLM takes from a block's index, whatever `layer_types` lists."""
+    period = exception_for(parsed.model_type).position_period
+    listed = getattr(parsed, "layer_types", None)
+    if period == 1 or not listed:
+        return
+    usual = type(parsed)().layer_types
+    moved = [index for index, kind in enumerate(listed) if kind != usual[index % period]]
+    if moved:
+        findings.error(
+            "config-attention-order",
+            "layer_types",
+            f"layer {moved[0]} is {listed[moved[0]]!r}, but vLLM runs it as {usual[moved[0] % period]!r}: for "
+            f"{parsed.model_type!r} it goes by the layer's index modulo {period}",
+            f"drop neighbouring blocks in multiples of {period}",
+        )
 
 
 def check_layer_lists(
