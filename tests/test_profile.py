@@ -489,6 +489,28 @@ def test_divergence_equals_a_full_pass_without_the_part(model_type: str, part: s
     assert own_forwards(model) == forwards and not any(module._forward_hooks for module in model.modules())
 
 
+def test_divergence_runs_nothing_before_the_part() -> None:
+    model = linearize_moe(tiny_models.build("mixtral", num_layers=6))
+    calls = []
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_hook(lambda *_args, index=index: calls.append(index))
+    divergence_without(model, find_topology(model), plain_batches(1), [(i,) for i in range(6)], "block")
+    # The intact model once, and for each part the blocks after it: half of all blocks.
+    assert len(calls) == 6 + sum(range(6))
+
+
+def test_divergence_of_an_offloaded_model(tmp_path: Path) -> None:
+    model = linearize_moe(tiny_models.build("mixtral"))
+    topology, parts = find_topology(model), [(i,) for i in range(4)]
+    plain = divergence_without(model, topology, plain_batches(), parts, "layer")
+    for module in model.modules():
+        remove_module_offload(module)
+        offload_module(module, "cpu", "disk", offload_dir=str(tmp_path))
+    assert divergence_without(model, topology, plain_batches(), parts, "layer") == pytest.approx(
+        plain, rel=1e-5
+    )
+
+
 def _divergence(model: nn.Module, topology, batches: list[dict], parts: tuple[int, ...], part: str) -> float:
     """KL with hooks that undo the part after it has been computed."""
     total, tokens = 0.0, 0

@@ -13,7 +13,7 @@ import torch
 from test_profile import mean_cosine, observe
 from transformers import PreTrainedModel
 
-from llmcompressor_moe import BlockDropModifier, LayerDropModifier
+from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
 
 BATCHES = [
     {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in support.token_ids()
@@ -133,6 +133,21 @@ def test_consecutive(metric: str, path: Path, stock: PreTrainedModel, tmp_path: 
     first = min(scores, key=scores.get)
     report = report_of(path, BlockDropModifier(num_drop=2, metric=metric, pattern="consecutive"), tmp_path)
     assert report["dropped"] == [first, first + 1]
+
+
+# Whoever asks for the sequential pipeline gets upstream's own two passes on top: they serve modifiers that want them.
+@pytest.mark.parametrize(("pipeline", "expected"), [("independent", 1), ("sequential", 3)])
+def test_three_drops_in_a_row_take_one_pass(pipeline: str, expected: int, path: Path) -> None:
+    model = support.load(path)
+    passes = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_args: passes.append(1))
+    recipe = [
+        LayerDropModifier(num_drop=1),
+        BlockDropModifier(num_drop=2, pattern="consecutive"),
+        ExpertDropModifier(num_drop=2, criterion="reap"),
+    ]
+    support.trim(model, recipe, pipeline=pipeline)
+    assert len(passes) == expected * len(support.token_ids())
 
 
 def test_random_and_last_need_no_data(path: Path, tmp_path: Path) -> None:
