@@ -135,7 +135,7 @@ def test_consecutive(metric: str, path: Path, stock: PreTrainedModel, tmp_path: 
     assert report["dropped"] == [first, first + 1]
 
 
-# Whoever asks for the sequential pipeline gets upstream's own two passes on top: they serve modifiers that want them.
+# Whoever asks for the sequential pipeline gets upstream's own two passes on top, for modifiers that want them.
 @pytest.mark.parametrize(("pipeline", "expected"), [("independent", 1), ("sequential", 3)])
 def test_three_drops_in_a_row_take_one_pass(pipeline: str, expected: int, path: Path) -> None:
     model = support.load(path)
