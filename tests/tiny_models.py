@@ -60,12 +60,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": lambda n: cycle(("sliding_attention", "full_attention"), n),
     },
     "glm4v_moe_text": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 3, 3],
-            "partial_rotary_factor": 0.5,
-        }
+        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
     },
     "glm5_next_text": {
         "qk_rope_head_dim": 0,
@@ -269,8 +264,7 @@ def _tiny_values(default: PretrainedConfig, num_layers: int, num_experts: int, t
     }
     stored = default.to_dict()
     chosen = {name: value for name, value in values.items() if name in stored}
-    latent = stored.get("kv_lora_rank") is not None
-    if latent:
+    if stored.get("kv_lora_rank") is not None:
         # no grouped keys, and head_dim (where it is not derived) is the rotary part
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
         chosen.pop("head_dim", None)
