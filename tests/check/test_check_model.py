@@ -213,7 +213,9 @@ def test_per_layer_list_of_the_wrong_length(good, length):
 
 def test_attention_in_an_order_that_vllm_does_not_run(good):
     path = good("gpt_oss")
-    edit_json(path / "config.json", lambda c: c.update(layer_types=c["layer_types"][1:] + c["layer_types"][:1]))
+    edit_json(
+        path / "config.json", lambda c: c.update(layer_types=c["layer_types"][1:] + c["layer_types"][:1])
+    )
     assert "modulo 2" in finding(path, "config-attention-order").message
 
 

@@ -7,7 +7,6 @@ import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.integrations.heterogeneity.configuration_utils import (
@@ -17,7 +16,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 
 from llmcompressor_moe.topology import expert_count_attributes
 
-__all__ = ["SKIPPABLE", "MoEOverride", "allow_global_access", "moe_overrides", "tolerant_configs"]
+__all__ = ["SKIPPABLE", "MoEOverride", "moe_overrides", "tolerant_configs"]
 
 SKIPPABLE = "mlp"
 
@@ -67,17 +66,6 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
     return found
 
 
-def allow_global_access(config: PreTrainedConfig) -> None:
-    """Let code that knows nothing of differing layers read the general value, in memory only.
-
-    The permission is never written to a file: a reader that does not know the format has to fail.
-
-    :param config: a text config with differing layers
-    """
-    _keep_permission_out_of_files()
-    config.allow_global_per_layer_attribute_access = True
-
-
 @contextlib.contextmanager
 def tolerant_configs() -> Iterator[None]:
     """Context in which config classes, and the models built from them, take configs whose MoE layers differ.
@@ -113,17 +101,3 @@ def _without_moe_overrides(view: _PerLayerConfigView) -> _PerLayerConfigView:
         for index, values in layers.items()
     }
     return _PerLayerConfigView(plain)
-
-
-def _keep_permission_out_of_files() -> None:
-    original = HeterogeneousConfigMixin._update_heterogeneous_to_dict_output
-    if getattr(original, "_drops_permission", False):
-        return
-
-    def update(self: PreTrainedConfig, d: dict[str, Any]) -> None:
-        original(self, d)
-        d.pop("allow_global_per_layer_attribute_access", None)
-
-    # Stays for good: configs with the permission outlive whoever gave it.
-    update._drops_permission = True
-    HeterogeneousConfigMixin._update_heterogeneous_to_dict_output = update

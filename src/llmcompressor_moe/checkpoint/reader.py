@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmcompressor_moe.checkpoint.overrides import (
     MoEOverride,
-    allow_global_access,
     moe_overrides,
     tolerant_configs,
 )
 from llmcompressor_moe.checkpoint.quantized import compressed_experts_as_linears
+from llmcompressor_moe.surgery.global_access import allow_global_access
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import NotAnMoEError, find_topology
 

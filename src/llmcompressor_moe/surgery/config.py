@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from llmcompressor_moe.surgery.global_access import allow_global_access
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
 __all__ = ["describe_layers", "keep_blocks", "per_layer_overrides", "set_expert_count", "switch_off_mtp"]
@@ -120,9 +121,8 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
     overrides = {index: layer for index, layer in sorted(overrides.items()) if layer}
     if overrides:
         config.per_layer_config = overrides
-        # The rest of a loaded model (load balancing, generation) may read the global value; a file never says
-        # so.
-        config.allow_global_per_layer_attribute_access = True
+        # The rest of a loaded model (load balancing, generation) may read the global value.
+        allow_global_access(config)
 
 
 def set_expert_count(config: PreTrainedConfig, count: int) -> None:
