@@ -338,7 +338,9 @@ def _table(curves: dict[str, dict[str, list[float]]], unit: str) -> list[str]:
             text = f"{means[name][c]:.4g}" if means[name][c] >= 1000 else f"{means[name][c]:.2f}"
             text = f"**{text}**" if means[name][c] == lowest[c] else text
             spread = (max(curve[c]) - min(curve[c])) / 2
-            cells.append(f"{text} ± {spread:.2g}" if spread >= 0.005 else text)
+            if spread >= 0.005:
+                text += f" ± {spread:.0f}" if spread >= 10 else f" ± {spread:.2g}"
+            cells.append(text)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 
