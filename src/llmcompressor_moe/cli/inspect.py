@@ -27,10 +27,11 @@ def inspect(
 
     Exit code 0: done; 2: there is no MoE model to look at.
     """
+    from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.demo import DEMO_MODEL
     from llmcompressor_moe.inspection import inspect_model
 
-    with user_errors():
+    with logs(verbose=False), user_errors():
         inspection = inspect_model(model or DEMO_MODEL)
     if json:
         typer.echo(inspection.model_dump_json(indent=2))
