@@ -32,7 +32,8 @@ def test_topology_is_found(model_type: str) -> None:
     assert topology.moe_layers
     for layer in topology.moe_layers.values():
         assert layer.num_experts == 8
-        assert layer.top_k == 2
+        # Llama 4 and ZAYA route to one expert.
+        assert layer.top_k == (1 if model_type in ("llama4_text", "zaya") else 2)
         assert layer.router is not None
         if not layer.inline:
             children = {name for name, _ in model.get_submodule(layer.module).named_children()}

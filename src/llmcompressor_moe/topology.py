@@ -8,7 +8,6 @@ those modules stand.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compressed_tensors.offload import disable_onloading
@@ -30,6 +29,7 @@ __all__ = [
 
 _EXPERT_COUNT = re.compile(r"^(moe_)?(n|num)_(local_|routed_)*experts$")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "top_k", "moe_k")
+_ROUTER_NAMES = ("gate", "router")
 _GROUPS = ("n_group", "num_expert_group")
 _GROUPS_KEPT = ("topk_group", "top_k_group", "num_limited_groups")
 
@@ -175,7 +175,7 @@ def _moe_layer(
     module_path, _, experts_name = experts_path.rpartition(".")
     module, experts = model.get_submodule(module_path), model.get_submodule(experts_path)
     num_experts = _num_experts(experts)
-    router = next((name for name in _router_names(module, experts_name, num_experts)), None)
+    router = _router_name(module, experts_name, num_experts)
     shared = tuple(
         f"{module_path}.{name}"
         for name, child in module.named_children()
@@ -205,16 +205,24 @@ def _num_experts(experts: nn.Module) -> int:
         return experts.down_proj.shape[0]
 
 
-def _router_names(module: nn.Module, experts_name: str, num_experts: int) -> Iterator[str]:
-    """Children of an MoE layer that hold a parameter with one row per expert."""
+def _router_name(module: nn.Module, experts_name: str, num_experts: int) -> str | None:
+    """The child of an MoE layer that holds a parameter with one row per expert.
+
+    A router that scores something besides the experts (shared ones, or none at all) has more rows; it goes by
+    its name.
+    """
+    named = None
     with disable_onloading():
         for name, child in module.named_children():
-            if name != experts_name and any(
-                num_experts == parameter.shape[0] for parameter in child.parameters() if parameter.ndim
-            ):
-                is_mlp = any("down_proj" in path for path, _ in child.named_parameters())
-                if not is_mlp:
-                    yield name
+            parameters = dict(child.named_parameters())
+            is_mlp = any("down_proj.weight" in path for path in parameters) and name not in _ROUTER_NAMES
+            if name == experts_name or not parameters or is_mlp:
+                continue
+            if any(value.ndim and value.shape[0] == num_experts for value in parameters.values()):
+                return name
+            if name in _ROUTER_NAMES:
+                named = name
+    return named
 
 
 def _first_int(holders: list[object], names: tuple[str, ...], default: int) -> int:
