@@ -259,10 +259,13 @@ def _require_data(state: State, name: str) -> Any:
 def _check_writable(report_path: str | None) -> None:
     if report_path is None:
         return
-    parent = Path(report_path).parent
+    path = Path(report_path)
+    was_there = path.exists()
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with open(report_path, "a"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
             pass
+        if not was_there:
+            path.unlink()
     except OSError as error:
         raise ValueError(f"report_path={report_path!r} cannot be written: {error}.") from error
