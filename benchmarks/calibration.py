@@ -41,7 +41,7 @@ def options() -> argparse.Namespace:
         ("top-k", 2),
         ("sequences", 8),
         ("length", 512),
-        ("rounds", 3),
+        ("rounds", 5),
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
