@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
-import inspect
-import textwrap
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmcompressor_moe.surgery.skipped import SkippedMoE
+from llmcompressor_moe.surgery.skipped import SkippedMoE, returned_expression
 
 __all__ = [
     "bypass_block",
@@ -91,12 +88,7 @@ def replace_hidden(output: Any, hidden_states: torch.Tensor) -> Any:
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
 
-@functools.cache
 def num_outputs(module_cls: type[nn.Module]) -> int:
     """How many values a module class returns: 1, or the length of the tuple that its forward ends with."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(module_cls.forward)))
-    values = [
-        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return) and node.value
-    ]
-    last = values[-1] if values else None
+    last = returned_expression(module_cls)
     return len(last.elts) if isinstance(last, ast.Tuple) else 1

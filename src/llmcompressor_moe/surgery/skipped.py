@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["SkippedMoE", "returns_pair", "state_argument"]
+__all__ = ["SkippedMoE", "returned_expression", "returns_pair", "state_argument"]
 
 
 class SkippedMoE(nn.Module):
@@ -62,7 +62,7 @@ class SkippedMoE(nn.Module):
 
 def returns_pair(moe_cls: type[nn.Module]) -> bool:
     """Whether an MoE layer's forward returns ``(hidden_states, something)``, read from its source."""
-    return isinstance(_returned(moe_cls), ast.Tuple)
+    return isinstance(returned_expression(moe_cls), ast.Tuple)
 
 
 def state_argument(moe_cls: type[nn.Module]) -> tuple[str, int] | None:
@@ -71,7 +71,7 @@ def state_argument(moe_cls: type[nn.Module]) -> tuple[str, int] | None:
     Such a value is a state that the next MoE layer takes up, as ZAYA's routers do; scores that are merely
     reported are no argument of the forward.
     """
-    returned = _returned(moe_cls)
+    returned = returned_expression(moe_cls)
     if not isinstance(returned, ast.Tuple) or not isinstance(returned.elts[1], ast.Name):
         return None
     arguments = list(inspect.signature(moe_cls.forward).parameters)[2:]
@@ -79,7 +79,7 @@ def state_argument(moe_cls: type[nn.Module]) -> tuple[str, int] | None:
     return (name, arguments.index(name)) if name in arguments else None
 
 
-def _returned(module_cls: type[nn.Module]) -> ast.expr | None:
+def returned_expression(module_cls: type[nn.Module]) -> ast.expr | None:
     """What the last ``return`` of a module's forward returns."""
     values = [node.value for node in ast.walk(_forward(module_cls)) if isinstance(node, ast.Return)]
     return values[-1] if values else None
