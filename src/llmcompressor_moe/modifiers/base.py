@@ -1,152 +1,55 @@
-"""The lifecycle that all trimming modifiers share."""
+"""What every modifier of this package does: look at the model together, refuse early, complete it once."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from compressed_tensors.distributed import is_source_process
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
-from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import PrivateAttr, model_validator
 
-from llmcompressor_moe.modifiers.shared import SharedPass
-from llmcompressor_moe.profile import Profile, Statistic, collect_profile
-from llmcompressor_moe.report import DropReport
 from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["TrimModifier"]
+__all__ = ["MoEModifier", "modifiers_after", "recipe_modifiers"]
+
+# What llm-compressor's own base class keeps in every modifier.
+_LIFECYCLE_FIELDS = {
+    "index",
+    "group",
+    "start",
+    "end",
+    "update",
+    "initialized_",
+    "finalized_",
+    "started_",
+    "ended_",
+    "requires_calibration_data",
+}
 
 
-class TrimModifier(Modifier):
-    """Base of the drop modifiers: decide once, cut once, tell what happened.
+class MoEModifier(Modifier):
+    """Base of all modifiers of this package.
 
-    Lifecycle:
-        - on_initialize: look at the model, refuse what cannot work, say which statistics are needed
-        - on_calibration_start: get the statistics (one forward pass of our own, shared with the drop
-          modifiers next to this one) and decide; blocks and MoE layers are bypassed here
-        - on_calibration_end: experts are removed here, after modifiers that share the pass have used them
-        - on_finalize: remove what was bypassed, rewrite the config, make saving write a checkpoint that says
-          what it is
-
-    :param protect: block indices whose part stays
     :param report_path: where to write the report (JSON); it can be edited and given back as ``plan_path``
-    :param plan_path: a saved report whose ``dropped`` is applied, without data
-    :param seed: seed of random criteria
-    :param share_statistics: use the statistics of the drop modifiers directly before this one in the recipe.
-        They describe the model before those cut it. False measures again, on what they left
+    :param plan_path: a saved report whose decision is applied, without data
+    :param seed: seed of random baselines
     """
 
-    # Our own pass needs no help from the pipeline: it runs only routed experts, once.
-    requires_calibration_data: bool = False
-
-    # Bypassed parts are safe for modifiers that share the pass; experts are removed, so they go after it.
-    cuts_before_the_pass: ClassVar[bool] = True
-
-    # What ``dropped`` of a plan must be: block indices, or experts per block.
-    plan_kind: ClassVar[type] = list
-
-    protect: list[int] = Field(default_factory=list)
     report_path: str | None = None
     plan_path: str | None = None
     seed: int = 0
-    share_statistics: bool = True
 
     _session: TrimSession | None = PrivateAttr(default=None)
-    _shared: SharedPass | None = PrivateAttr(default=None)
     _later: list[Modifier] = PrivateAttr(default_factory=list)
     _batches: Any = PrivateAttr(default=None)
-    _report: DropReport | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _check_fields(self) -> TrimModifier:
-        given = [name for name in self._amount_fields() if getattr(self, name) is not None]
-        if len(given) != 1:
-            names = ", ".join(self._amount_fields())
-            what = f"got {' and '.join(given)}" if given else "got none"
-            raise ValueError(f"{type(self).__name__} takes exactly one of {names}; {what}.")
+    def _check_report_path(self) -> MoEModifier:
         if self.report_path is not None and not self.report_path.endswith(".json"):
             raise ValueError(f"report_path={self.report_path!r} must end with .json.")
-        if any(index < 0 for index in self.protect) or len(set(self.protect)) != len(self.protect):
-            raise ValueError(f"protect={self.protect} must be distinct block indices, counted from 0.")
         return self
-
-    # What each modifier says of itself
-
-    @abstractmethod
-    def _amount_fields(self) -> tuple[str, ...]:
-        """Names of the fields of which exactly one is given."""
-
-    @abstractmethod
-    def _check_model(self, session: TrimSession) -> None:
-        """Refuse what cannot work on this model, before any calibration."""
-
-    @abstractmethod
-    def _statistics(self) -> set[Statistic]:
-        """Statistics to profile; empty when no data is needed."""
-
-    @abstractmethod
-    def _needs_data(self) -> bool:
-        """Whether calibration data is needed, for statistics or otherwise."""
-
-    @abstractmethod
-    def _decide(self) -> DropReport:
-        """Scores and decision."""
-
-    @abstractmethod
-    def _cut(self, dropped: Any, state: State) -> None:
-        """Carry the decision out."""
-
-    def _run_length(self) -> int | None:
-        """Blocks per run, for those who compare runs."""
-        return None
-
-    # Lifecycle
-
-    def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        """Look at the model and the data; see the class."""
-        self._later = _after(self)
-        neighbours = _neighbours(self)
-        first = next((other for other in neighbours if other._session is not None), None)
-        self._session = first._session if first else TrimSession.begin(state.model)
-        out_of_range = sorted(set(self.protect) - set(range(len(self._session.topology.blocks))))
-        if out_of_range:
-            raise ValueError(
-                f"protect={self.protect}: the model has {len(self._session.topology.blocks)} blocks; "
-                f"{out_of_range} do not exist."
-            )
-        _check_writable(self.report_path)
-        self._check_model(self._session)
-        if self._needs_data():
-            self._batches = _require_data(state, type(self).__name__)
-        group = _group_of(self)
-        self._shared = (
-            next((other._shared for other in group if other._shared is not None), None) or SharedPass()
-        )
-        if not self._shared.add(self._statistics(), self._run_length()):
-            self._shared = SharedPass()
-            self._shared.add(self._statistics(), self._run_length())
-        return True
-
-    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Measure and decide; bypass blocks and MoE layers."""
-        self._report = self._decide()
-        if self.cuts_before_the_pass:
-            self._cut(self._report.dropped, state)
-
-    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Remove experts; tell what happened."""
-        if not self.cuts_before_the_pass:
-            self._cut(self._report.dropped, state)
-        if self.report_path and is_source_process():
-            self._report.save(self.report_path)
-        history = getattr(state.model, "_trim_history", [])
-        state.model._trim_history = [*history, self._report]
-        logger.info(f"{type(self).__name__}: dropped {self._report.dropped}")
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """The first of our modifiers to get here completes the model for all of them."""
@@ -156,104 +59,49 @@ class TrimModifier(Modifier):
 
     # Helpers for subclasses
 
-    def _profile(self) -> Profile:
-        """The statistics that this modifier and its neighbours asked for."""
-        return self._shared.get(self._session, self._measure)
+    def _check_one_of(self, names: tuple[str, ...]) -> None:
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"got {' and '.join(given)}" if given else "got none"
+            raise ValueError(f"{type(self).__name__} takes exactly one of {', '.join(names)}; {what}.")
 
-    def _measure(self, wanted: Iterable[Statistic], run_length: int | None = None) -> Profile:
-        """Statistics of the model as it is now."""
-        session = self._session
-        return collect_profile(
-            session.model,
-            session.topology_now(),
-            self._batches,
-            set(wanted),
-            run_length=run_length,
-            skip_blocks=session.dropped_blocks,
-            skip_layers=session.dropped_layers,
-        )
+    def _join_session(self, state: State) -> TrimSession:
+        """The model as all our modifiers in this recipe see it; the first to ask begins."""
+        self._later = modifiers_after(self)
+        first = next((other for other in _ours(self) if other._session is not None), None)
+        self._session = first._session if first else TrimSession.begin(state.model)
+        _check_writable(self.report_path)
+        return self._session
 
-    def _new_report(self, scores: Any, dropped: Any, kept: Any, profile: Profile | None) -> DropReport:
-        topology = self._session.topology
-        hidden = {
-            "index",
-            "group",
-            "start",
-            "end",
-            "update",
-            "initialized_",
-            "finalized_",
-            "started_",
-            "ended_",
-        }
-        return DropReport(
-            modifier=type(self).__name__,
-            scores=scores,
-            dropped=dropped,
-            kept=kept,
-            base_model=str(self._session.model.config._name_or_path or ""),
-            model_type=topology.model_type,
-            num_blocks=len(topology.blocks),
-            num_experts={index: moe.num_experts for index, moe in topology.moe_layers.items()},
-            settings=self.model_dump(
-                mode="json", exclude_none=True, exclude=hidden | {"requires_calibration_data"}
-            ),
-            calibration={"tokens": profile.num_tokens, "samples": profile.num_samples} if profile else None,
-        )
+    def _settings(self) -> dict[str, Any]:
+        """The fields as given, for the report."""
+        return self.model_dump(mode="json", exclude_none=True, exclude=_LIFECYCLE_FIELDS)
 
-    def _load_plan(self) -> Any:
-        """The ``dropped`` of the saved plan."""
-        topology = self._session.topology
-        report = DropReport.load(self.plan_path)
-        report.check_fits(
-            type(self).__name__,
-            topology.model_type,
-            len(topology.blocks),
-            {index: moe.num_experts for index, moe in topology.moe_layers.items()},
-        )
-        report.check_drops(self.plan_kind)
-        return report.dropped
+    def _require_data(self, state: State, way_out: str) -> Any:
+        batches = state.data.calib
+        name = type(self).__name__
+        if batches is None:
+            raise ValueError(f"{name} needs calibration data: pass `dataset=` to oneshot, or {way_out}.")
+        if len(batches) == 0:
+            raise ValueError(f"{name}: the calibration dataset is empty.")
+        return batches
 
 
-def _recipe_modifiers() -> list[Modifier]:
+def recipe_modifiers() -> list[Modifier]:
+    """All modifiers of the recipe that runs."""
     return list(active_session().lifecycle.recipe.modifiers)
 
 
-def _neighbours(modifier: TrimModifier) -> list[TrimModifier]:
-    """All trimming modifiers of the recipe."""
-    ours = [other for other in _recipe_modifiers() if isinstance(other, TrimModifier)]
-    return ours if any(other is modifier for other in ours) else [modifier]
-
-
-def _after(modifier: TrimModifier) -> list[Modifier]:
+def modifiers_after(modifier: Modifier) -> list[Modifier]:
     """The modifiers that come after this one in the recipe."""
-    modifiers = _recipe_modifiers()
+    modifiers = recipe_modifiers()
     position = next((index for index, other in enumerate(modifiers) if other is modifier), len(modifiers))
     return modifiers[position + 1 :]
 
 
-def _group_of(modifier: TrimModifier) -> list[TrimModifier]:
-    """The trimming modifiers that stand in a row with this one and share its statistics."""
-    group: list[TrimModifier] = []
-    for other in _recipe_modifiers():
-        if not isinstance(other, TrimModifier):
-            group = []
-            continue
-        group = [*group, other] if other.share_statistics and group else [other]
-        if other is modifier:
-            return group
-    return [modifier]
-
-
-def _require_data(state: State, name: str) -> Any:
-    batches = state.data.calib
-    if batches is None:
-        raise ValueError(
-            f"{name} needs calibration data: pass `dataset=` to oneshot, or name the indices to drop."
-        )
-    if len(batches) == 0:
-        raise ValueError(f"{name}: the calibration dataset is empty.")
-    return batches
+def _ours(modifier: MoEModifier) -> list[MoEModifier]:
+    ours = [other for other in recipe_modifiers() if isinstance(other, MoEModifier)]
+    return ours if any(other is modifier for other in ours) else [modifier]
 
 
 def _check_writable(report_path: str | None) -> None:

@@ -13,7 +13,7 @@ from pydantic import model_validator
 from llmcompressor_moe.criteria import expert_criterion
 from llmcompressor_moe.criteria.experts import ScoreInput
 from llmcompressor_moe.families import exception_for
-from llmcompressor_moe.modifiers.base import TrimModifier
+from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.plan import ExpertRoom, amount_of, experts_to_drop
 from llmcompressor_moe.profile import Profile, Statistic
 from llmcompressor_moe.report import DropReport

@@ -12,7 +12,7 @@ from llmcompressor.core import State
 from pydantic import Field, model_validator
 
 from llmcompressor_moe.criteria import Metric, part_metric
-from llmcompressor_moe.modifiers.base import TrimModifier
+from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.plan import amount_of, parts_to_drop
 from llmcompressor_moe.profile import Profile, Statistic, divergence_without
 from llmcompressor_moe.report import DropReport
