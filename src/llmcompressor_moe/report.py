@@ -1,6 +1,4 @@
-"""The record of one drop: what was scored, what went, what stayed. It is also the plan that can be applied
-again.
-"""
+"""The record of what one modifier did. It is also the plan that can be applied again."""
 
 from __future__ import annotations
 
@@ -9,35 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
-__all__ = ["DropReport", "PlanFileError"]
+__all__ = ["DropReport", "ModifierReport", "PlanFileError"]
 
 
 class PlanFileError(ValueError):
     """A saved plan cannot be used here."""
 
 
-class DropReport(BaseModel):
-    """Report of one modifier. Keys and indices are those of the model as it came into the recipe.
+class ModifierReport(BaseModel):
+    """What every modifier's report says. Indices are those of the model as it came into the recipe.
 
     :param modifier: class name of the modifier
-    :param scores: block index -> score, or -> one score per expert; null where there is none
-    :param dropped: block indices, or block index -> dropped experts
-    :param kept: the same for what stays
     :param base_model: name or path of the model
     :param model_type: ``model_type`` of its text config
     :param num_blocks: blocks that the model came with
     :param num_experts: block index -> experts that the model came with
     :param settings: the modifier's fields, as given
-    :param calibration: tokens and sequences behind the scores; null when no data was used
+    :param calibration: tokens and sequences behind the decision; null when no data was used
     """
 
     model_config = ConfigDict(extra="forbid")
 
     modifier: str
-    scores: dict[int, float | list[float | None] | None]
-    dropped: list[int] | dict[int, list[int]]
-    kept: list[int] | dict[int, list[int]]
     base_model: str = ""
     model_type: str = ""
     num_blocks: int = 0
@@ -52,7 +45,7 @@ class DropReport(BaseModel):
         path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> DropReport:
+    def load(cls, path: str | Path) -> Self:
         """Read a report, edited by hand or not.
 
         :raises PlanFileError: the file is missing or not a report; says what is wrong
@@ -82,6 +75,19 @@ class DropReport(BaseModel):
                     f"The plan was made for another model or modifier: its {name} is {ours!r}, here it is "
                     f"{theirs!r}."
                 )
+
+
+class DropReport(ModifierReport):
+    """Report of one drop: what was scored, what went, what stayed.
+
+    :param scores: block index -> score, or -> one score per expert; null where there is none
+    :param dropped: block indices, or block index -> dropped experts
+    :param kept: the same for what stays
+    """
+
+    scores: dict[int, float | list[float | None] | None]
+    dropped: list[int] | dict[int, list[int]]
+    kept: list[int] | dict[int, list[int]]
 
     def check_drops(self, kind: type) -> None:
         """Make sure that ``dropped``, edited by hand perhaps, names something, each only once.

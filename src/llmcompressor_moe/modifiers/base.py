@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, model_validator
 
+from llmcompressor_moe.profile import Profile, Statistic, collect_profile
+from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["MoEModifier", "modifiers_after", "recipe_modifiers"]
+
+Report = TypeVar("Report", bound=ModifierReport)
 
 # What llm-compressor's own base class keeps in every modifier.
 _LIFECYCLE_FIELDS = {
@@ -85,6 +90,49 @@ class MoEModifier(Modifier):
         if len(batches) == 0:
             raise ValueError(f"{name}: the calibration dataset is empty.")
         return batches
+
+    def _measure(self, wanted: Iterable[Statistic], run_length: int | None = None) -> Profile:
+        """Statistics of the model as it is now."""
+        session = self._session
+        return collect_profile(
+            session.model,
+            session.topology_now(),
+            self._batches,
+            set(wanted),
+            run_length=run_length,
+            skip_blocks=session.dropped_blocks,
+            skip_layers=session.dropped_layers,
+        )
+
+    def _report_heading(self, profile: Profile | None) -> dict[str, Any]:
+        """The fields that every report has."""
+        topology = self._session.topology
+        return {
+            "modifier": type(self).__name__,
+            "base_model": str(self._session.model.config._name_or_path or ""),
+            "model_type": topology.model_type,
+            "num_blocks": len(topology.blocks),
+            "num_experts": {index: moe.num_experts for index, moe in topology.moe_layers.items()},
+            "settings": self._settings(),
+            "calibration": {"tokens": profile.num_tokens, "samples": profile.num_samples}
+            if profile
+            else None,
+        }
+
+    def _load_report(self, kind: type[Report]) -> Report:
+        """The saved plan.
+
+        :raises PlanFileError: it cannot be read, or was made by another modifier or for another model
+        """
+        topology = self._session.topology
+        report = kind.load(self.plan_path)
+        report.check_fits(
+            type(self).__name__,
+            topology.model_type,
+            len(topology.blocks),
+            {index: moe.num_experts for index, moe in topology.moe_layers.items()},
+        )
+        return report
 
 
 def recipe_modifiers() -> list[Modifier]:

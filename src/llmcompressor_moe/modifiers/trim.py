@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from compressed_tensors.distributed import is_source_process
@@ -13,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from llmcompressor_moe.modifiers.base import MoEModifier, recipe_modifiers
 from llmcompressor_moe.modifiers.shared import SharedPass
-from llmcompressor_moe.profile import Profile, Statistic, collect_profile
+from llmcompressor_moe.profile import Profile, Statistic
 from llmcompressor_moe.report import DropReport
 from llmcompressor_moe.surgery.session import TrimSession
 
@@ -133,44 +132,12 @@ class TrimModifier(MoEModifier):
         """The statistics that this modifier and its neighbours asked for."""
         return self._shared.get(self._session, self._measure)
 
-    def _measure(self, wanted: Iterable[Statistic], run_length: int | None = None) -> Profile:
-        """Statistics of the model as it is now."""
-        session = self._session
-        return collect_profile(
-            session.model,
-            session.topology_now(),
-            self._batches,
-            set(wanted),
-            run_length=run_length,
-            skip_blocks=session.dropped_blocks,
-            skip_layers=session.dropped_layers,
-        )
-
     def _new_report(self, scores: Any, dropped: Any, kept: Any, profile: Profile | None) -> DropReport:
-        topology = self._session.topology
-        return DropReport(
-            modifier=type(self).__name__,
-            scores=scores,
-            dropped=dropped,
-            kept=kept,
-            base_model=str(self._session.model.config._name_or_path or ""),
-            model_type=topology.model_type,
-            num_blocks=len(topology.blocks),
-            num_experts={index: moe.num_experts for index, moe in topology.moe_layers.items()},
-            settings=self._settings(),
-            calibration={"tokens": profile.num_tokens, "samples": profile.num_samples} if profile else None,
-        )
+        return DropReport(scores=scores, dropped=dropped, kept=kept, **self._report_heading(profile))
 
     def _load_plan(self) -> Any:
         """The ``dropped`` of the saved plan."""
-        topology = self._session.topology
-        report = DropReport.load(self.plan_path)
-        report.check_fits(
-            type(self).__name__,
-            topology.model_type,
-            len(topology.blocks),
-            {index: moe.num_experts for index, moe in topology.moe_layers.items()},
-        )
+        report = self._load_report(DropReport)
         report.check_drops(self.plan_kind)
         return report.dropped
 
