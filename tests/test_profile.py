@@ -464,8 +464,9 @@ def test_routed_forward_equals_upstream_and_transformers(model_type: str) -> Non
         ours = routed_forward(linear, hidden, indices, weights, lambda *call: calls.append(call))
         torch.testing.assert_close(ours, linear(hidden, indices, weights), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(ours, fused(hidden, indices, weights), atol=1e-5, rtol=1e-5)
-        for expert, tokens, gate, outputs in calls:
+        for expert, tokens, inputs, gate, outputs in calls:
             rows, columns = torch.where(indices == expert)
+            torch.testing.assert_close(inputs, hidden[rows], atol=0, rtol=0)
             assert tokens.tolist() == rows.tolist()
             torch.testing.assert_close(gate, weights[rows, columns], atol=0, rtol=0)
             torch.testing.assert_close(outputs, linear[expert](hidden[rows]), atol=1e-6, rtol=1e-5)

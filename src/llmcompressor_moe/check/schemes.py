@@ -1,24 +1,21 @@
 """Reads `quantization_config` and answers which scheme a module gets, the way its readers match names."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
-    QuantizationStrategy,
 )
-from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 
 from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.report import Findings
+from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
 
 FIELD = "quantization_config"
 # Local names of quantization parameters.
@@ -186,28 +183,10 @@ class CompressedParameters:
     def _compute(
         self, in_features: int, out_features: int, bias: bool, group: int
     ) -> dict[str, tuple[tuple[int, ...], str | None]]:
-        scheme = self._schemes.schemes[group].model_copy(deep=True)
-        form = self._schemes.format_of(group)
         try:
-            with torch.device("meta"):
-                linear = torch.nn.Linear(in_features, out_features, bias=bias, dtype=torch.bfloat16)
-                initialize_module_for_quantization(linear, scheme)
-                if form is not CompressionFormat.dense:
-                    BaseCompressor.get_value_from_registry(form.value).compress_module(linear)
+            found = compressed_tensors_of(
+                in_features, out_features, bias, self._schemes.schemes[group], self._schemes.format_of(group)
+            )
         except Exception as error:
             raise ValueError(first_line(error)) from error
-        found = {
-            name: (tuple(value.shape), _dtype_name(value.dtype))
-            for name, value in linear.state_dict().items()
-        }
-        weights = scheme.weights
-        packs_zero_point = (
-            form is CompressionFormat.pack_quantized
-            and weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
-            and "weight_zero_point" in found
-        )
-        if packs_zero_point:
-            # compressed-tensors packs zero points along the rows, but not on the meta device
-            (rows, columns), _ = found["weight_zero_point"]
-            found["weight_zero_point"] = ((math.ceil(rows * weights.num_bits / 32), columns), "I32")
-        return found
+        return {name: (shape, _dtype_name(dtype)) for name, (shape, dtype) in found.items()}

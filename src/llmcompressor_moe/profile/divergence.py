@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import require_finite
 from llmcompressor_moe.profile.forward import batch_mask, run_once, sum_over_ranks
-from llmcompressor_moe.profile.observers import hidden_argument
+from llmcompressor_moe.profile.observing import hidden_argument
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through, replace_hidden, silence
 from llmcompressor_moe.topology import Topology
 

@@ -11,8 +11,8 @@ from llmcompressor_moe.topology import expert_modules
 
 __all__ = ["ExpertCall", "routed_forward", "scattered_forward"]
 
-# (expert index, token indices [n], router weights [n], outputs [n, hidden])
-ExpertCall = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (expert index, token indices [n], inputs [n, hidden], router weights [n], outputs [n, hidden])
+ExpertCall = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def routed_forward(
@@ -43,9 +43,10 @@ def routed_forward(
     for index, count in enumerate(counts[: len(modules)]):
         if count:
             chosen = tokens[start : start + count]
-            result = modules[index](hidden_states[chosen])
+            inputs = hidden_states[chosen]
+            result = modules[index](inputs)
             if on_expert is not None:
-                on_expert(index, chosen, weights[start : start + count], result)
+                on_expert(index, chosen, inputs, weights[start : start + count], result)
             weighted = result * weights[start : start + count, None]
             output.index_add_(0, chosen, weighted.to(output.dtype))
         start += count
@@ -69,8 +70,9 @@ def scattered_forward(
     for index, module in enumerate(modules):
         chosen = routed[index].nonzero().squeeze(-1)
         if len(chosen):
-            result = module(by_expert[index, chosen])
+            inputs = by_expert[index, chosen]
+            result = module(inputs)
             if on_expert is not None:
-                on_expert(index, chosen, torch.ones_like(chosen, dtype=result.dtype), result)
+                on_expert(index, chosen, inputs, torch.ones_like(chosen, dtype=result.dtype), result)
             output[index, chosen] = result
     return output.reshape_as(hidden_states)

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmcompressor_moe.profile.data import ExpertProfile, Statistic, require_finite
-from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
+from llmcompressor_moe.profile.observing import Observer, RoutedObserver, first_tensor, hidden_argument
+from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
 from llmcompressor_moe.topology import Block, expert_modules
 
 __all__ = ["BlockObserver", "ExpertsObserver", "RunObserver"]
 
 # Redundancy runs every expert on the same tokens, so it looks at a sample of them.
 _REDUNDANCY_TOKENS_PER_BATCH = 16
-
-
-def first_tensor(values: Any) -> torch.Tensor:
-    """The first tensor in a module's arguments or output."""
-    if isinstance(values, torch.Tensor):
-        return values
-    return next(value for value in values if isinstance(value, torch.Tensor))
-
-
-def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states among the arguments of a block or an MoE layer."""
-    return first_tensor(args) if args else first_tensor([kwargs.get("hidden_states"), *kwargs.values()])
 
 
 def similarity_sum(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -49,35 +36,7 @@ def similarity_sum(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor
     )
 
 
-class _Observer:
-    """Hooks that live as long as the context."""
-
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._mask: torch.Tensor | None = None
-        self._batch = 0
-
-    def start_batch(self, index: int, mask: torch.Tensor | None) -> None:
-        """Note the batch that comes next and its padding mask."""
-        self._batch, self._mask = index, mask
-
-    def attach(self) -> list[RemovableHandle]:
-        """Register the hooks."""
-        raise TypeError(f"{type(self).__name__} attaches no hooks")
-
-    def accumulators(self) -> list[torch.Tensor]:
-        """Tensors to be summed over ranks, in an order that all ranks share."""
-        return []
-
-    def __enter__(self) -> None:
-        self._handles = self.attach()
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class BlockObserver(_Observer):
+class BlockObserver(Observer):
     """Cosine of the residual stream over each block and over each MoE layer (arXiv 2406.02500, Layer and
     Block Drop).
 
@@ -161,7 +120,7 @@ class BlockObserver(_Observer):
         return hook
 
 
-class RunObserver(_Observer):
+class RunObserver(Observer):
     """Cosine of the residual stream over every run of ``length`` consecutive blocks."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], length: int) -> None:
@@ -214,14 +173,13 @@ class RunObserver(_Observer):
         return hook
 
 
-class ExpertsObserver(_Observer):
+class ExpertsObserver(RoutedObserver):
     """Routing and outputs of the experts of one MoE layer; runs them on routed tokens only."""
 
     def __init__(self, model: nn.Module, block: Block, wanted: Collection[Statistic]) -> None:
-        super().__init__()
+        super().__init__(model, block)
         moe = block.moe
         self._block = block.index
-        self._experts: LinearExperts2D = model.get_submodule(moe.experts)
         self._router = model.get_submodule(moe.router) if moe.router else None
         self._outputs = Statistic.OUTPUT in wanted
         self._redundancy = Statistic.REDUNDANCY in wanted
@@ -234,16 +192,8 @@ class ExpertsObserver(_Observer):
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
-        # An instance attribute shadows the method for the time of the pass and leaves the class alone.
-        self._own_forward = self._experts.__dict__.get("forward")
-        self._experts.forward = self._forward
+        super().attach()
         return [self._router.register_forward_hook(self._after_router)] if self._router is not None else []
-
-    def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
-        del self._experts.forward
-        if self._own_forward is not None:
-            self._experts.forward = self._own_forward
 
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
@@ -259,7 +209,6 @@ class ExpertsObserver(_Observer):
         :raises FloatingPointError: the experts' output is NaN or infinite
         """
         require_finite(float(self._output_total), "sum of expert outputs", self._block)
-        """The sums as plain numbers."""
         tokens, gate, probability, norm, weighted = self._sums.tolist()
         similarity = self._similarity[:-1] / self._similarity[-1].clamp(min=1)
         return ExpertProfile(
@@ -272,59 +221,38 @@ class ExpertsObserver(_Observer):
             output_similarity=similarity.tolist() if self._redundancy else None,
         )
 
+    def on_expert(
+        self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
+    ) -> None:
+        """Add up counts, router weights and norms."""
+        accumulator = self._accumulator(outputs.device)
+        accumulator[0, index] += len(outputs)
+        accumulator[1, index] += weights.sum(dtype=torch.float64)
+        if self._outputs:
+            norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+            accumulator[3, index] += norms.sum(dtype=torch.float64)
+            accumulator[4, index] += (weights.float() * norms).sum(dtype=torch.float64)
+
+    def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep what tells of NaN, and compare the experts on a sample."""
+        self._accumulator(output.device)[5, 0] += output.sum(dtype=torch.float64)
+        if self._redundancy:
+            self._compare(tokens)
+
     def _accumulator(self, device: torch.device) -> torch.Tensor:
         if self._device_sums is None:
             self._device_sums = torch.zeros(6, self._sums.shape[1], dtype=torch.float64, device=device)
         return self._device_sums
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        logits = _router_logits(output, self._sums.shape[1])
-        if logits is None or not _is_softmax_router(self._router):
+        logits = router_logits(output, self._sums.shape[1])
+        if logits is None or not is_softmax_router(self._router):
             return
-        logits = logits.reshape(-1, logits.shape[-1]).float()
-        probability = logits if _are_probabilities(logits) else logits.softmax(dim=-1)
-        keep = self._keep(len(probability))
+        probability = probabilities(logits)
+        keep = self.kept(len(probability))
         if keep is not None:
             probability = probability[keep]
         self._accumulator(probability.device)[2] += probability.sum(dim=0, dtype=torch.float64)
-
-    def _keep(self, tokens: int) -> torch.Tensor | None:
-        mask = self._mask
-        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
-
-    def _forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        tokens = len(flat) if top_k_index is not None else len(flat) // self._sums.shape[1]
-        keep = self._keep(tokens)
-        accumulator = self._accumulator(flat.device)
-
-        def on_expert(index: int, chosen: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor) -> None:
-            if keep is not None:
-                kept = keep.to(chosen.device)[chosen]
-                chosen, weights, outputs = chosen[kept], weights[kept], outputs[kept]
-            accumulator[0, index] += len(chosen)
-            accumulator[1, index] += weights.sum(dtype=torch.float64)
-            if self._outputs:
-                norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-                accumulator[3, index] += norms.sum(dtype=torch.float64)
-                accumulator[4, index] += (weights.float() * norms).sum(dtype=torch.float64)
-
-        if top_k_index is not None:
-            result = routed_forward(self._experts, flat, top_k_index, top_k_weights, on_expert)
-            result = result.reshape_as(hidden_states)
-            sample = flat
-        else:
-            result = scattered_forward(self._experts, flat, on_expert).reshape_as(hidden_states)
-            sample = flat.view(self._sums.shape[1], tokens, -1).abs().amax(dim=0)
-        accumulator[5, 0] += result.sum(dtype=torch.float64)
-        if self._redundancy:
-            self._compare(sample if keep is None else sample[keep.to(sample.device)])
-        return result
 
     def _compare(self, tokens: torch.Tensor) -> None:
         """Run all experts on an even sample of the batch's tokens and add up the cosines of their outputs."""
@@ -339,28 +267,3 @@ class ExpertsObserver(_Observer):
 
 def _mean(sums: torch.Tensor) -> float:
     return float(sums[0] / sums[1]) if sums[1] else float("nan")
-
-
-def _router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
-    """Among a router's outputs, the scores of all experts: floating point, last dimension = number of
-    experts.
-    """
-    candidates = [output] if isinstance(output, torch.Tensor) else list(output)
-    for value in candidates:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
-            return value
-    return None
-
-
-def _are_probabilities(scores: torch.Tensor) -> bool:
-    return bool((scores >= 0).all()) and bool(torch.allclose(scores.sum(-1), scores.new_ones(()), atol=1e-3))
-
-
-def _is_softmax_router(router: nn.Module) -> bool:
-    """Softmax over all experts, as in Mixtral and Qwen2-MoE; group-limited and sigmoid routers (DeepSeek) are
-    not.
-    """
-    if hasattr(router, "num_group"):
-        return False
-    source = inspect.getsource(type(router).forward)
-    return "sigmoid" not in source

@@ -1,0 +1,133 @@
+"""Hooks that live as long as a pass, and experts that run on routed tokens while somebody watches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
+from llmcompressor_moe.topology import Block
+
+__all__ = ["Observer", "RoutedObserver", "first_tensor", "hidden_argument"]
+
+
+def first_tensor(values: Any) -> torch.Tensor:
+    """The first tensor in a module's arguments or output."""
+    if isinstance(values, torch.Tensor):
+        return values
+    return next(value for value in values if isinstance(value, torch.Tensor))
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block or an MoE layer."""
+    return first_tensor(args) if args else first_tensor([kwargs.get("hidden_states"), *kwargs.values()])
+
+
+class Observer:
+    """Hooks that live as long as the context."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._mask: torch.Tensor | None = None
+        self._batch = 0
+
+    def start_batch(self, index: int, mask: torch.Tensor | None) -> None:
+        """Note the batch that comes next and its padding mask."""
+        self._batch, self._mask = index, mask
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        raise TypeError(f"{type(self).__name__} attaches no hooks")
+
+    def accumulators(self) -> list[torch.Tensor]:
+        """Tensors to be summed over ranks, in an order that all ranks share."""
+        return []
+
+    def __enter__(self) -> None:
+        self._handles = self.attach()
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class RoutedObserver(Observer):
+    """Runs the experts of one MoE layer on routed tokens only and shows each expert's work to `on_expert`."""
+
+    def __init__(self, model: nn.Module, block: Block) -> None:
+        super().__init__()
+        self._experts: LinearExperts2D = model.get_submodule(block.moe.experts)
+        self._count = block.moe.num_experts
+        self._own_forward: Any = None
+
+    def attach(self) -> list[RemovableHandle]:
+        """Put the watched forward in place."""
+        # An instance attribute shadows the method for the time of the pass and leaves the class alone.
+        self._own_forward = self._experts.__dict__.get("forward")
+        self._experts.forward = self._forward
+        return []
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        del self._experts.forward
+        if self._own_forward is not None:
+            self._experts.forward = self._own_forward
+
+    def on_expert(
+        self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
+    ) -> None:
+        """One expert's work in one batch, padding left out.
+
+        :param inputs: [n, hidden]
+        :param weights: [n] router weights (1 where the router scales the input instead)
+        :param outputs: [n, hidden], before weighting
+        """
+
+    def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """The whole layer's work in one batch.
+
+        :param tokens: [tokens, hidden] what entered the experts, padding left out
+        :param output: the experts' weighted sum
+        """
+
+    def kept(self, tokens: int) -> torch.Tensor | None:
+        """Boolean [tokens], False for padding; None when there is none."""
+        mask = self._mask
+        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        tokens = len(flat) if top_k_index is not None else len(flat) // self._count
+        keep = self.kept(tokens)
+
+        def watch(
+            index: int,
+            chosen: torch.Tensor,
+            inputs: torch.Tensor,
+            weights: torch.Tensor,
+            outputs: torch.Tensor,
+        ) -> None:
+            if keep is not None:
+                kept = keep.to(chosen.device)[chosen]
+                inputs, weights, outputs = inputs[kept], weights[kept], outputs[kept]
+            self.on_expert(index, inputs, weights, outputs)
+
+        if top_k_index is not None:
+            result = routed_forward(self._experts, flat, top_k_index, top_k_weights, watch)
+            entered = flat
+        else:
+            result = scattered_forward(self._experts, flat, watch)
+            # Every expert has its own copy of a token, zero where it is not routed.
+            entered = flat.view(self._count, tokens, -1).abs().amax(dim=0)
+        result = result.reshape_as(hidden_states)
+        self.after_layer(entered if keep is None else entered[keep.to(entered.device)], result)
+        return result

@@ -1,0 +1,42 @@
+"""Read a router's scores from what it returns."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["is_softmax_router", "probabilities", "router_logits"]
+
+
+def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
+    """Among a router's outputs, the scores of all experts: floating point, last dimension = number of
+    experts.
+    """
+    candidates = [output] if isinstance(output, torch.Tensor) else list(output)
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
+            return value
+    return None
+
+
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities over all experts, [tokens, experts] in fp32, from scores or (some routers) probabilities."""
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return flat if _are_probabilities(flat) else flat.softmax(dim=-1)
+
+
+def _are_probabilities(scores: torch.Tensor) -> bool:
+    return bool((scores >= 0).all()) and bool(torch.allclose(scores.sum(-1), scores.new_ones(()), atol=1e-3))
+
+
+def is_softmax_router(router: nn.Module) -> bool:
+    """Softmax over all experts, as in Mixtral and Qwen2-MoE; group-limited and sigmoid routers (DeepSeek) are
+    not.
+    """
+    if hasattr(router, "num_group"):
+        return False
+    source = inspect.getsource(type(router).forward)
+    return "sigmoid" not in source
