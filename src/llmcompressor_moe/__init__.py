@@ -7,10 +7,21 @@ from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.linearize import register_linearizations
-from llmcompressor_moe.modifiers import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe.modifiers import (
+    BlockDropModifier,
+    ExpertDropModifier,
+    ExpertSparsityModifier,
+    LayerDropModifier,
+)
 
-__all__ = ["BlockDropModifier", "ExpertDropModifier", "LayerDropModifier", "load_trimmed_moe"]
+__all__ = [
+    "BlockDropModifier",
+    "ExpertDropModifier",
+    "ExpertSparsityModifier",
+    "LayerDropModifier",
+    "load_trimmed_moe",
+]
 
 register_linearizations()
-for _modifier in (BlockDropModifier, ExpertDropModifier, LayerDropModifier):
+for _modifier in (BlockDropModifier, ExpertDropModifier, ExpertSparsityModifier, LayerDropModifier):
     ModifierFactory.register(_modifier.__name__, _modifier)

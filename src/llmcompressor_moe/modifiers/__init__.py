@@ -2,6 +2,7 @@
 
 from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
 from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
+from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.layer_drop import LayerDropModifier
 
-__all__ = ["BlockDropModifier", "ExpertDropModifier", "LayerDropModifier"]
+__all__ = ["BlockDropModifier", "ExpertDropModifier", "ExpertSparsityModifier", "LayerDropModifier"]
