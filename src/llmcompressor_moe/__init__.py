@@ -12,6 +12,7 @@ from llmcompressor_moe.modifiers import (
     ExpertDropModifier,
     ExpertSparsityModifier,
     LayerDropModifier,
+    RouterAwareQuantModifier,
 )
 
 __all__ = [
@@ -19,9 +20,16 @@ __all__ = [
     "ExpertDropModifier",
     "ExpertSparsityModifier",
     "LayerDropModifier",
+    "RouterAwareQuantModifier",
     "load_trimmed_moe",
 ]
 
 register_linearizations()
-for _modifier in (BlockDropModifier, ExpertDropModifier, ExpertSparsityModifier, LayerDropModifier):
+for _modifier in (
+    BlockDropModifier,
+    ExpertDropModifier,
+    ExpertSparsityModifier,
+    LayerDropModifier,
+    RouterAwareQuantModifier,
+):
     ModifierFactory.register(_modifier.__name__, _modifier)

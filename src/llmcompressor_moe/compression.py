@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializeAsAny
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.calibration import calibration_samples
@@ -20,7 +20,8 @@ from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_writ
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
 from llmcompressor_moe.recipe_file import read_recipe
-from llmcompressor_moe.report import DropReport
+from llmcompressor_moe.report import ModifierReport
+from llmcompressor_moe.saving.save import is_research_only
 
 __all__ = ["DTYPES", "PIPELINES", "CompressionSummary", "compress"]
 
@@ -32,7 +33,7 @@ class CompressionSummary(BaseModel):
     """What a compression did.
 
     :param bytes_before: bytes of the weight files
-    :param reports: one per drop modifier, in order
+    :param reports: one per modifier of this package, in order
     :param check: the verdict on the new checkpoint
     :param needs_plugin: whether vLLM needs the plugin for it, and transformers `load_trimmed_moe`
     :param calibration_tokens: 0 when no data was used
@@ -47,7 +48,7 @@ class CompressionSummary(BaseModel):
     active_after: int
     bytes_before: int
     bytes_after: int
-    reports: list[DropReport]
+    reports: list[SerializeAsAny[ModifierReport]]
     check: CheckReport
     needs_plugin: bool
     calibration_tokens: int
@@ -192,6 +193,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: st
     with atomic_directory(output) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        report = check_checkpoint(directory).raise_if_errors()
+        report = check_checkpoint(directory).raise_if_errors(research=is_research_only(model))
     report.path = str(output)
     return report

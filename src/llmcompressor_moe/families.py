@@ -22,6 +22,7 @@ class FamilyException:
         be dropped, if so
     :param position_period: readers take a block's kind of attention from its index modulo this, whatever the
         config lists; blocks may only move by multiples of it
+    :param refuse_quantized_experts: reason why vLLM cannot serve quantized experts of this family, if so
     """
 
     refuse_layer_drop: str | None = None
@@ -29,6 +30,7 @@ class FamilyException:
     refuse_block_drop: str | None = None
     refuse_uneven: str | None = None
     position_period: int = 1
+    refuse_quantized_experts: str | None = None
 
 
 _READS_COUNT_ITSELF = (
@@ -62,7 +64,10 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     "inkling_text": FamilyException(refuse_expert_drop=_ONE_MATRIX),
     "zaya": FamilyException(refuse_expert_drop=_SKIP_CLASS, refuse_block_drop=_HANDED_ON),
     # vLLM 0.32 slides every other block, whatever `layer_types` says.
-    "gpt_oss": FamilyException(position_period=2),
+    "gpt_oss": FamilyException(
+        position_period=2,
+        refuse_quantized_experts="vLLM 0.32 loads experts that compressed-tensors packed into other values",
+    ),
     "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),
 }
 

@@ -1,9 +1,10 @@
-"""What a model is made of and what each drop would save, from its config alone: no weights are read."""
+"""What a model is made of, what each drop would save and what its experts weigh in each scheme, from its config
+alone: no weights are read.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,19 +14,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.check.config import ReadConfig, implausible, parse_config, read_raw_config
-from llmcompressor_moe.check.expected import build_meta, model_class
+from llmcompressor_moe.check.expected import lay_out, model_class
 from llmcompressor_moe.check.report import Findings
+from llmcompressor_moe.parts import EMBEDDINGS, EXPERTS, HEAD, PARTS, ROUTER, SHARED, block_of, part_of
+from llmcompressor_moe.quantization.schemes import UNQUANTIZED, SchemeSpec
+from llmcompressor_moe.slimming import DEFAULT_SCHEMES, SchemeSize, expert_linears, linears_of, scheme_sizes
 from llmcompressor_moe.topology import Block, Topology, find_topology
 
-__all__ = ["PARTS", "MoELayerSize", "ModelInspection", "PartSize", "Saving", "inspect_model"]
-
-EMBEDDINGS, ATTENTION, ROUTER, EXPERTS = "embeddings", "attention", "router", "experts"
-SHARED, DENSE, NORMS, HEAD, OTHER = "shared experts", "dense FFN", "norms", "head", "other"
-PARTS = (EMBEDDINGS, ATTENTION, ROUTER, EXPERTS, SHARED, DENSE, NORMS, HEAD, OTHER)
-
-_DENSE_NAMES = ("mlp", "feed_forward", "ffn", "shared")
-_SCALE_BYTES = 2
-_GROUP_SIZE = 128
+__all__ = [
+    "MoELayerSize",
+    "ModelInspection",
+    "PartSize",
+    "Saving",
+    "inspect_model",
+    "read_config",
+    "scheme_saving",
+]
 
 
 class PartSize(BaseModel):
@@ -62,7 +66,7 @@ class MoELayerSize(BaseModel):
 
 
 class Saving(BaseModel):
-    """What one step would save.
+    """What one drop would save.
 
     :param active_parameters: parameters that a token would no longer pass
     :param share: share of the model's bytes
@@ -83,6 +87,9 @@ class ModelInspection(BaseModel):
     :param nbytes: in the dtype that the config names, before any quantization
     :param on_disk: bytes of the safetensors files, None where there are none
     :param quantization: the quantization method that the config names
+    :param expert_weights: weights of the routed experts' matrices, which schemes quantize
+    :param expert_nbytes: bytes of the routed experts, biases too, in the dtype that the config names
+    :param schemes: the routed experts in each scheme that was asked for
     """
 
     path: str
@@ -99,6 +106,26 @@ class ModelInspection(BaseModel):
     moe_layers: list[MoELayerSize]
     dropped_moe_layers: list[int]
     savings: list[Saving]
+    expert_weights: int
+    expert_nbytes: int
+    schemes: list[SchemeSize]
+
+    def nbytes_in(self, scheme: SchemeSize) -> int:
+        """Bytes of the whole model with all routed experts in a scheme that fits."""
+        return self.nbytes - self.expert_nbytes + scheme.nbytes
+
+    def nbytes_at(self, bits: float) -> int:
+        """Bytes of the whole model when a routed expert's weight takes that many bits in the mean."""
+        return self.nbytes - round(self.expert_weights * (self.plain_bits - bits) / 8)
+
+    def bits_at(self, nbytes: int) -> float:
+        """Mean bits per routed expert's weight when the whole model takes that many bytes."""
+        return self.plain_bits - 8 * (self.nbytes - nbytes) / self.expert_weights
+
+    @property
+    def plain_bits(self) -> int:
+        """Bits of an unquantized weight."""
+        return 8 * getattr(torch, self.dtype).itemsize
 
 
 @dataclass
@@ -117,7 +144,7 @@ class _Count:
 
 @dataclass
 class _BlockCount:
-    """Parts of one block, and the experts' matrices that quantization would pack."""
+    """Parts of one block, and the values of its experts' matrices."""
 
     parts: dict[str, _Count] = field(default_factory=dict)
     expert_matrices: int = 0
@@ -129,17 +156,20 @@ class _BlockCount:
         return total
 
 
-def inspect_model(path: str | Path) -> ModelInspection:
+def inspect_model(
+    path: str | Path, schemes: Sequence[SchemeSpec] = DEFAULT_SCHEMES, group_size: int | None = None
+) -> ModelInspection:
     """Lay a model out on the meta device and count it.
 
     :param path: a checkpoint directory, or one with a config.json only, or the config.json itself
+    :param schemes: schemes to size the routed experts in
+    :param group_size: replaces the group size of their group-wise integer weights
     :raises FileNotFoundError: there is no config.json
-    :raises ValueError: transformers cannot build the model from it
+    :raises ValueError: transformers cannot build the model from it, or a scheme is unknown
     :raises NotAnMoEError: the model has no MoE layer
     """
-    root = Path(path)
-    root = root.parent if root.name == "config.json" else root
-    config = _read(root)
+    config = read_config(path)
+    root = _root(path)
     cls = model_class(config)
     if cls is None:
         raise ValueError(
@@ -148,14 +178,47 @@ def inspect_model(path: str | Path) -> ModelInspection:
             "transformers."
         )
     try:
-        model = build_meta(config, cls)
+        expected = lay_out(config)
     except Exception as error:
         raise ValueError(f"{root}/config.json: {cls.__name__} cannot be built from it: {error}") from error
-    topology = find_topology(model)
-    return _inspection(root, config, model, topology)
+    inspection = _inspection(root, config, expected.model, find_topology(expected.model))
+    if schemes:
+        inspection.schemes = scheme_sizes(expert_linears(expected), schemes, group_size, _dtype(config))
+    return inspection
 
 
-def _read(root: Path) -> ReadConfig:
+def scheme_saving(
+    path: str | Path, parts: Collection[str], scheme: SchemeSpec, group_size: int | None
+) -> int:
+    """Bytes that the Linears of kinds of parts other than routed experts save in a scheme.
+
+    :raises ValueError: see `inspect_model`; or the scheme does not fit
+    """
+    config = read_config(path)
+    linears = linears_of(lay_out(config), parts)
+    plain, packed = scheme_sizes(linears, [UNQUANTIZED, scheme], group_size, _dtype(config))
+    if packed.refused is not None:
+        raise ValueError(f"{packed.scheme} does not fit the model's {' and '.join(parts)}: {packed.refused}.")
+    return plain.nbytes - packed.nbytes
+
+
+def _dtype(config: ReadConfig) -> torch.dtype:
+    """The dtype that the config names. Checkpoints that were released quantized may name none; what they do
+    not quantize is bfloat16.
+    """
+    if config.parsed.dtype is not None:
+        return config.parsed.dtype
+    return torch.bfloat16 if config.raw.get("quantization_config") else torch.get_default_dtype()
+
+
+def _root(path: str | Path) -> Path:
+    path = Path(path)
+    return path.parent if path.name == "config.json" else path
+
+
+def read_config(path: str | Path) -> ReadConfig:
+    """A model's config; see `inspect_model`."""
+    root = _root(path)
     if not (root / "config.json").is_file():
         raise FileNotFoundError(f"{str(root)!r} has no config.json; name the directory of a model.")
     findings = Findings()
@@ -169,7 +232,7 @@ def _read(root: Path) -> ReadConfig:
 def _inspection(
     root: Path, config: ReadConfig, model: PreTrainedModel, topology: Topology
 ) -> ModelInspection:
-    dtype = config.parsed.dtype or torch.get_default_dtype()
+    dtype = _dtype(config)
     counts = _count(model, topology, dtype.itemsize)
     total = _BlockCount()
     for block in counts.values():
@@ -204,7 +267,10 @@ def _inspection(
         dropped_moe_layers=sorted(
             int(index) for index, layer in written.items() if "mlp" in (layer.get("skip") or ())
         ),
-        savings=_savings(topology, counts, whole.nbytes, total.expert_matrices, dtype.itemsize),
+        savings=_savings(topology, counts, whole.nbytes),
+        expert_weights=total.expert_matrices,
+        expert_nbytes=total.of(EXPERTS).nbytes,
+        schemes=[],
     )
 
 
@@ -229,11 +295,9 @@ def _count(model: PreTrainedModel, topology: Topology, itemsize: int) -> dict[in
     ends = {id(p): EMBEDDINGS for p in _parameters(model.get_input_embeddings())}
     for parameter in _parameters(model.get_output_embeddings()):
         ends.setdefault(id(parameter), HEAD)
-    blocks = {f"{block.name}.": block for block in topology.blocks}
     for name, parameter in model.named_parameters():
-        depth = topology.stack.count(".") + 2
-        block = blocks.get(".".join(name.split(".")[:depth]) + ".")
-        part = ends.get(id(parameter)) or _part_of(model, name, block)
+        block = block_of(name, topology)
+        part = ends.get(id(parameter)) or part_of(name, block)
         size = parameter.numel()
         active = size * min(1.0, block.moe.top_k / block.moe.num_experts) if part == EXPERTS else size
         here = counts[block.index if block else None]
@@ -247,29 +311,7 @@ def _parameters(module: nn.Module | None) -> Iterable[nn.Parameter]:
     return module.parameters() if module is not None else ()
 
 
-def _part_of(model: PreTrainedModel, name: str, block: Block | None) -> str:
-    """The kind of part that a parameter belongs to, from where it stands."""
-    if block is None:
-        return NORMS if "norm" in name else OTHER
-    moe = block.moe
-    if moe is not None:
-        if name.startswith(f"{moe.experts}."):
-            return EXPERTS
-        if any(name.startswith(f"{shared}.") for shared in moe.shared_experts):
-            return SHARED
-        if (moe.router and name.startswith(f"{moe.router}.")) or (
-            not moe.inline and name.startswith(f"{moe.module}.")
-        ):
-            return ROUTER
-    child = name.removeprefix(f"{block.name}.").split(".")[0]
-    if "norm" in child:
-        return NORMS
-    return DENSE if any(word in child for word in _DENSE_NAMES) else ATTENTION
-
-
-def _savings(
-    topology: Topology, counts: dict[int | None, _BlockCount], whole: int, matrices: int, itemsize: int
-) -> list[Saving]:
+def _savings(topology: Topology, counts: dict[int | None, _BlockCount], whole: int) -> list[Saving]:
     """Savings per step, means over the blocks that have an MoE layer where those differ."""
     with_moe = [(counts[block.index], block.moe) for block in topology.blocks if block.moe]
     blocks = [count.of() for count, _ in with_moe]
@@ -286,24 +328,11 @@ def _savings(
         _saving(f"Block Drop: one block with an MoE layer{mean}", _mean(blocks), whole),
         _saving(f"Layer Drop: one MoE layer{mean}", _mean(layers), whole),
         _saving("Expert Drop: one expert in every layer", experts, whole),
-        *(
-            _saving(
-                f"W{bits}A16 experts, groups of {_GROUP_SIZE}",
-                _Count(0, 0.0, matrices * itemsize - _packed(matrices, bits)),
-                whole,
-            )
-            for bits in (4, 8)
-        ),
     ]
 
 
 def _router_row(router: _Count, num_experts: int) -> tuple[int, float, int]:
     return router.parameters // num_experts, router.active / num_experts, router.nbytes // num_experts
-
-
-def _packed(values: int, bits: int) -> int:
-    """Bytes of packed weights and their scales."""
-    return math.ceil(values * bits / 8) + math.ceil(values / _GROUP_SIZE) * _SCALE_BYTES
 
 
 def _mean(counts: list[_Count]) -> _Count:

@@ -57,6 +57,10 @@ class ModifierReport(BaseModel):
         except ValidationError as error:
             raise PlanFileError(f"plan_path={str(path)!r} is not a saved plan: {error}") from error
 
+    def describe(self) -> str:
+        """One line for the model card."""
+        return self.modifier
+
     def check_fits(
         self, modifier: str, model_type: str, num_blocks: int, num_experts: dict[int, int]
     ) -> None:
@@ -103,3 +107,21 @@ class DropReport(ModifierReport):
                 f"The plan's dropped = {self.dropped!r} must be {what}, with at least one index and each only "
                 "once."
             )
+
+    def describe(self) -> str:
+        """One line for the model card."""
+        if isinstance(self.dropped, dict):
+            total = sum(map(len, self.dropped.values()))
+            lost = {len(experts) for experts in self.dropped.values()}
+            each = (
+                f"{lost.pop()} in each of {len(self.dropped)} layers"
+                if len(lost) == 1
+                else "different numbers per layer"
+            )
+            what = f"{total} experts dropped ({each})"
+        else:
+            part = "blocks" if self.modifier.startswith("Block") else "MoE layers"
+            what = f"{len(self.dropped)} {part} dropped: {', '.join(map(str, self.dropped)) or 'none'}"
+        criterion = self.settings.get("criterion") or self.settings.get("metric")
+        chosen = f", chosen by {criterion} on {self.calibration['tokens']} tokens" if self.calibration else ""
+        return f"{self.modifier}: {what}{chosen}"

@@ -1,6 +1,27 @@
 """Numbers of bytes and parameters as people read them."""
 
-__all__ = ["bytes_text", "count_text", "share_text"]
+import re
+
+__all__ = ["bytes_text", "count_text", "parse_bytes", "share_text"]
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def parse_bytes(value: int | str, field: str) -> int:
+    """A number of bytes, or a text such as ``20GiB`` or ``18.5 GB``.
+
+    :param field: the field's name, for messages
+    :raises ValueError: it is neither, or not positive
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{field}={value!r} is no size; write a number of bytes or a text such as '20GiB'.")
+    units = _BINARY if match[3] else _UNITS
+    nbytes = int(float(match[1]) * units[match[2].upper()])
+    if nbytes < 1:
+        raise ValueError(f"{field}={value!r} must be at least one byte.")
+    return nbytes
 
 
 def bytes_text(nbytes: float) -> str:

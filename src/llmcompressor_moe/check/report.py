@@ -4,6 +4,9 @@ from enum import Enum
 
 from pydantic import BaseModel, Field
 
+# Errors of checkpoints that only transformers can run, which a user may want for research.
+RESEARCH_CODES = ("moe-mixed-schemes", "moe-mixed-group-size", "moe-partly-quantized", "linear-mixed-schemes")
+
 
 class Severity(str, Enum):
     """How bad a finding is.
@@ -55,13 +58,16 @@ class CheckReport(BaseModel):
         """Whether the checkpoint is legal to serve: no errors; warnings and notes may be there."""
         return not self.errors
 
-    def raise_if_errors(self) -> "CheckReport":
+    def raise_if_errors(self, *, research: bool = False) -> "CheckReport":
         """Return self, so that calls chain.
+
+        `research` passes over experts of one layer in different schemes: transformers runs them, vLLM cannot.
 
         Raises:
             IllegalCheckpointError: at least one finding is an error.
         """
-        if not self.ok:
+        tolerated = RESEARCH_CODES if research else ()
+        if any(finding.code not in tolerated for finding in self.errors):
             raise IllegalCheckpointError(self)
         return self
 

@@ -1,6 +1,7 @@
-"""`llmcompressor-moe inspect MODEL`: what a model is made of and what each drop would save."""
+"""`llmcompressor-moe inspect MODEL`: what a model is made of and what drops, schemes and recipes would save."""
 
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli.errors import user_errors
-from llmcompressor_moe.sizes import bytes_text, count_text, share_text
+from llmcompressor_moe.sizes import bytes_text, count_text, parse_bytes, share_text
 
 if TYPE_CHECKING:
+    from llmcompressor_moe.forecast import Step
     from llmcompressor_moe.inspection import ModelInspection, MoELayerSize
 
 
@@ -21,31 +23,64 @@ def inspect(
         Path | None,
         typer.Argument(help="Directory with the model's config.json; the bundled demo model unless told."),
     ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="Preset to size the routed experts in, repeatable; W4A16 and W8A16 unless told."),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Group size of group-wise integer schemes.")
+    ] = None,
+    target_bits: Annotated[
+        list[float] | None, typer.Option(help="Mean bits per expert weight to size the model at, repeatable.")
+    ] = None,
+    target_size: Annotated[
+        list[str] | None, typer.Option(help="Size such as 20GiB to give the mean bits for, repeatable.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="Show the size after each step of a YAML recipe.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show parameters and bytes per part, and what each drop would save; reads config.json, no weights.
+    """Show parameters and bytes per part, what each drop would save, and sizes with quantized experts; reads
+    config.json, no weights.
 
     Exit code 0: done; 2: there is no MoE model to look at.
     """
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.demo import DEMO_MODEL
+    from llmcompressor_moe.forecast import forecast
     from llmcompressor_moe.inspection import inspect_model
+    from llmcompressor_moe.recipe_file import read_recipe
+    from llmcompressor_moe.slimming import DEFAULT_SCHEMES
 
     with logs(verbose=False), user_errors():
-        inspection = inspect_model(model or DEMO_MODEL)
+        inspection = inspect_model(model or DEMO_MODEL, scheme or DEFAULT_SCHEMES, group_size)
+        sizes = [parse_bytes(size, "--target-size") for size in target_size or ()]
+        steps = forecast(model or DEMO_MODEL, read_recipe(recipe)) if recipe else []
     if json:
-        typer.echo(inspection.model_dump_json(indent=2))
-    else:
-        render(inspection, Console())
+        typer.echo(
+            dumps({**inspection.model_dump(), "steps": [step.model_dump() for step in steps]}, indent=2)
+        )
+        return
+    console = Console()
+    render(inspection, console, [*(target_bits or ()), *map(inspection.bits_at, sizes)])
+    if steps:
+        console.print(_steps(steps))
 
 
-def render(inspection: "ModelInspection", console: Console) -> None:
-    """Print what the model is, its parts, its MoE layers and what each step would save."""
+def render(inspection: "ModelInspection", console: Console, target_bits: Sequence[float] = ()) -> None:
+    """Print what the model is, its parts, its MoE layers, what each drop would save, and sizes with quantized
+    experts.
+    """
     console.print(Text(inspection.path, style="bold"))
     console.print(Text(", ".join(_facts(inspection))))
     console.print(_parts(inspection))
     console.print(_moe_layers(inspection))
     console.print(_savings(inspection))
+    console.print(_schemes(inspection, target_bits))
+    for size in inspection.schemes:
+        if size.refused is not None:
+            console.print(Text(f"{size.scheme} does not fit: {size.refused}"))
 
 
 def _facts(inspection: "ModelInspection") -> list[str]:
@@ -106,7 +141,7 @@ def _moe_layers(inspection: "ModelInspection") -> Table:
 
 
 def _savings(inspection: "ModelInspection") -> Table:
-    table = _table("What each step would save", "step", "parameters", "active per token", "size", "share")
+    table = _table("What each drop would save", "drop", "parameters", "active per token", "size", "share")
     for saving in inspection.savings:
         table.add_row(
             saving.step,
@@ -116,6 +151,42 @@ def _savings(inspection: "ModelInspection") -> Table:
             share_text(saving.share),
         )
     return table
+
+
+def _schemes(inspection: "ModelInspection", target_bits: Sequence[float]) -> Table:
+    table = _table("With quantized experts", "experts", "bits per weight", "experts alone", "model", "share")
+    for size in inspection.schemes:
+        if size.refused is not None:
+            table.add_row(size.scheme, "-", "-", "-", "-")
+        else:
+            _add_size(table, inspection, size.scheme, size.bits, size.nbytes, inspection.nbytes_in(size))
+    for bits in target_bits:
+        model = inspection.nbytes_at(bits)
+        experts = inspection.expert_nbytes - (inspection.nbytes - model)
+        _add_size(table, inspection, f"mean of {bits:.4g} bits", bits, experts, model)
+    return table
+
+
+def _steps(steps: "Sequence[Step]") -> Table:
+    table = _table("After each step of the recipe", "step", "parameters", "active per token", "bits", "size")
+    for step in steps:
+        limit = "at most " if step.at_most else ""
+        table.add_row(
+            step.step,
+            count_text(step.parameters),
+            count_text(step.active_parameters),
+            f"{limit}{step.bits:.4g}",
+            f"{limit}{bytes_text(step.nbytes)}",
+        )
+    return table
+
+
+def _add_size(
+    table: Table, inspection: "ModelInspection", name: str, bits: float, experts: int, model: int
+) -> None:
+    table.add_row(
+        name, f"{bits:.4g}", bytes_text(experts), bytes_text(model), share_text(model / inspection.nbytes)
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

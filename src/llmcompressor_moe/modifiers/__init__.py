@@ -4,5 +4,12 @@ from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
 from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
 from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.layer_drop import LayerDropModifier
+from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
 
-__all__ = ["BlockDropModifier", "ExpertDropModifier", "ExpertSparsityModifier", "LayerDropModifier"]
+__all__ = [
+    "BlockDropModifier",
+    "ExpertDropModifier",
+    "ExpertSparsityModifier",
+    "LayerDropModifier",
+    "RouterAwareQuantModifier",
+]

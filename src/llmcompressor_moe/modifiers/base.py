@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["MoEModifier", "modifiers_after", "recipe_modifiers"]
+__all__ = ["MoEModifier", "modifiers_after", "modifiers_before", "recipe_modifiers"]
 
 Report = TypeVar("Report", bound=ModifierReport)
 
@@ -145,6 +146,11 @@ def modifiers_after(modifier: Modifier) -> list[Modifier]:
     modifiers = recipe_modifiers()
     position = next((index for index, other in enumerate(modifiers) if other is modifier), len(modifiers))
     return modifiers[position + 1 :]
+
+
+def modifiers_before(modifier: Modifier) -> list[Modifier]:
+    """The modifiers that come before this one in the recipe."""
+    return list(itertools.takewhile(lambda other: other is not modifier, recipe_modifiers()))
 
 
 def _ours(modifier: MoEModifier) -> list[MoEModifier]:

@@ -252,9 +252,10 @@ class ExpertSparsityModifier(MoEModifier):
                     scheme = getattr(module, "quantization_scheme", None)
                     if scheme is not None and scheme.weights is not None:
                         raise ValueError(
-                            f"ExpertSparsityModifier cannot prune block {layer}: its experts' {name} is quantized "
-                            "already, by the checkpoint or by an earlier modifier. Put ExpertSparsityModifier before "
-                            "the modifier that quantizes, and start from a checkpoint that is not quantized."
+                            f"ExpertSparsityModifier cannot prune block {layer}: {name} of its experts is "
+                            "quantized already, by the checkpoint or by an earlier modifier. Put "
+                            "ExpertSparsityModifier before the modifier that quantizes, and start from a "
+                            "checkpoint that is not quantized."
                         )
 
     def _check_columns(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
 from compressed_tensors.offload.cache.base import OffloadCache
+from compressed_tensors.quantization import enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
@@ -67,7 +68,12 @@ def batch_mask(batch: Batch) -> torch.Tensor | None:
 
 
 def run_batches(
-    model: PreTrainedModel, batches: Iterable[Batch], on_batch: BatchStart, description: str
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    on_batch: BatchStart,
+    description: str,
+    *,
+    quantized: bool = False,
 ) -> None:
     """One forward pass over ``batches`` that stops before the LM head.
 
@@ -75,10 +81,14 @@ def run_batches(
     its weights travel once and not once per batch.
 
     :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
+    :param quantized: run modules that have a scheme as they will be served, and not in full precision
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(DisableQuantization(model))
+        if quantized:
+            model.apply(enable_quantization)
+        else:
+            stack.enter_context(DisableQuantization(model))
         if is_offloaded(model):
             _run_block_by_block(model, list(batches), on_batch, description)
         else:

@@ -87,6 +87,12 @@ class RoutedObserver(Observer):
         :param outputs: [n, hidden], before weighting
         """
 
+    def on_routing(self, chosen: torch.Tensor) -> None:
+        """The router's choice in one batch.
+
+        :param chosen: boolean [tokens, experts], padding left out
+        """
+
     def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """The whole layer's work in one batch.
 
@@ -128,6 +134,16 @@ class RoutedObserver(Observer):
             result = scattered_forward(self._experts, flat, watch)
             # Every expert has its own copy of a token, zero where it is not routed.
             entered = flat.view(self._count, tokens, -1).abs().amax(dim=0)
+        chosen = self._choice(flat, top_k_index, tokens)
+        self.on_routing(chosen if keep is None else chosen[keep.to(chosen.device)])
         result = result.reshape_as(hidden_states)
         self.after_layer(entered if keep is None else entered[keep.to(entered.device)], result)
         return result
+
+    def _choice(self, flat: torch.Tensor, top_k_index: torch.Tensor | None, tokens: int) -> torch.Tensor:
+        if top_k_index is None:
+            return flat.view(self._count, tokens, -1).ne(0).any(dim=-1).T
+        # One column more: some families route to an index behind the last expert when they skip.
+        chosen = torch.zeros(tokens, self._count + 1, dtype=torch.bool, device=flat.device)
+        chosen.scatter_(1, top_k_index.reshape(tokens, -1).clamp(max=self._count), True)
+        return chosen[:, : self._count]

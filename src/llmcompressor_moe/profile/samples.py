@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import require_finite
 from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
-from llmcompressor_moe.profile.observing import RoutedObserver, first_tensor
+from llmcompressor_moe.profile.observing import RoutedObserver
 from llmcompressor_moe.topology import Block, Topology
 
-__all__ = ["ExpertSample", "LayerSample", "collect_samples"]
+__all__ = ["ExpertSample", "LayerSample", "collect_samples", "empty_sample"]
 
 
 @dataclass
@@ -45,13 +44,18 @@ class LayerSample:
 
     :param tokens: tokens that entered the layer (padding left out)
     :param output_power: mean over tokens of the squared norm of the experts' weighted sum
-    :param stream_power: the same for the residual stream that leaves the block
     """
 
     experts: list[ExpertSample]
     tokens: int
     output_power: float
-    stream_power: float
+
+
+def empty_sample(num_experts: int) -> LayerSample:
+    """A sample without data."""
+    nothing = torch.zeros(0, 0)
+    experts = [ExpertSample(nothing, torch.zeros(0), nothing, 0, 0.0) for _ in range(num_experts)]
+    return LayerSample(experts, tokens=0, output_power=0.0)
 
 
 class _SampleObserver(RoutedObserver):
@@ -59,19 +63,14 @@ class _SampleObserver(RoutedObserver):
 
     def __init__(self, model: nn.Module, block: Block, per_batch: int) -> None:
         super().__init__(model, block)
-        self._block, self._index = model.get_submodule(block.name), block.index
+        self._index = block.index
         self._per_batch = per_batch
         self._kept: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [
             [] for _ in range(self._count)
         ]
         self._sums = torch.zeros(2, self._count, dtype=torch.float64)
-        # Tokens, squared norms of the experts' output and of the stream, stream's tokens.
-        self._power = torch.zeros(4, dtype=torch.float64)
-
-    def attach(self) -> list[RemovableHandle]:
-        """Register the hooks."""
-        super().attach()
-        return [self._block.register_forward_hook(self._after_block)]
+        # Tokens, squared norm of the experts' output.
+        self._power = torch.zeros(2, dtype=torch.float64)
 
     def on_expert(
         self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
@@ -100,7 +99,7 @@ class _SampleObserver(RoutedObserver):
 
         :raises FloatingPointError: the layer's output is NaN or infinite
         """
-        tokens, output, stream, stream_tokens = self._power.tolist()
+        tokens, output = self._power.tolist()
         require_finite(output, "power of expert outputs", self._index)
         experts = []
         for index, kept in enumerate(self._kept):
@@ -112,16 +111,7 @@ class _SampleObserver(RoutedObserver):
             )
             count, squared = self._sums[:, index].tolist()
             experts.append(ExpertSample(inputs, weights, outputs, int(count), squared))
-        return LayerSample(experts, int(tokens), output / max(tokens, 1.0), stream / max(stream_tokens, 1.0))
-
-    def _after_block(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        stream = first_tensor(output).float().square()
-        tokens = stream.reshape(-1, stream.shape[-1]).sum(dim=-1, dtype=torch.float64)
-        keep = self.kept(len(tokens))
-        if keep is not None:
-            tokens = tokens[keep.to(tokens.device)]
-        self._power[2] += tokens.sum().cpu()
-        self._power[3] += len(tokens)
+        return LayerSample(experts, int(tokens), output / max(tokens, 1.0))
 
 
 def collect_samples(

@@ -7,19 +7,25 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from llmcompressor_moe.report import DropReport
+from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.surgery.config import per_layer_overrides
 
 __all__ = ["write_model_card"]
 
 
 def write_model_card(
-    directory: Path, config: PreTrainedConfig, history: Sequence[DropReport], recipe: str
+    directory: Path,
+    config: PreTrainedConfig,
+    history: Sequence[ModifierReport],
+    recipe: str,
+    *,
+    research: bool = False,
 ) -> None:
     """Write README.md into a checkpoint directory.
 
     :param history: what each modifier did, in order
     :param recipe: the recipe as YAML
+    :param research: vLLM cannot serve this checkpoint, and its user asked for it nevertheless
     """
     base = history[0].base_model if history else ""
     uniform = not per_layer_overrides(config)
@@ -37,9 +43,9 @@ def write_model_card(
         "",
     ]
     origin = Path(base).name if Path(base).is_absolute() else base or name
-    lines += [f"# {name}, trimmed", ""]
+    lines += [f"# {name}, compressed", ""]
     lines += [f"Made from `{origin}` with llm-compressor and llmcompressor-moe.", "", "## What was done", ""]
-    lines += [f"- {_describe(report)}" for report in history]
+    lines += [f"- {report.describe()}" for report in history]
     lines += [
         "",
         "`trimming.json` holds the scores and the original indices of everything that stayed.",
@@ -47,7 +53,12 @@ def write_model_card(
         "## Loading",
         "",
     ]
-    if uniform:
+    if research:
+        lines += [
+            "For research: vLLM cannot serve this checkpoint (schemes it has no kernel for, or several in one layer). "
+        ]
+        lines += ["In transformers load it inside `llmcompressor_moe.load_trimmed_moe()`."]
+    elif uniform:
         lines += ["A plain checkpoint: transformers and vLLM load it as they load the base model."]
     else:
         lines += [
@@ -62,21 +73,3 @@ def write_model_card(
     if recipe:
         lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
     (directory / "README.md").write_text("\n".join(lines) + "\n")
-
-
-def _describe(report: DropReport) -> str:
-    if isinstance(report.dropped, dict):
-        total = sum(map(len, report.dropped.values()))
-        lost = {len(experts) for experts in report.dropped.values()}
-        each = (
-            f"{lost.pop()} in each of {len(report.dropped)} layers"
-            if len(lost) == 1
-            else "different numbers per layer"
-        )
-        what = f"{total} experts dropped ({each})"
-    else:
-        part = "blocks" if report.modifier.startswith("Block") else "MoE layers"
-        what = f"{len(report.dropped)} {part} dropped: {', '.join(map(str, report.dropped)) or 'none'}"
-    criterion = report.settings.get("criterion") or report.settings.get("metric")
-    chosen = f", chosen by {criterion} on {report.calibration['tokens']} tokens" if report.calibration else ""
-    return f"{report.modifier}: {what}{chosen}"

@@ -19,7 +19,7 @@ from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["HISTORY_FILE", "save_says_what_it_is"]
+__all__ = ["HISTORY_FILE", "is_research_only", "save_says_what_it_is"]
 
 HISTORY_FILE = "trimming.json"
 
@@ -43,12 +43,17 @@ def save_says_what_it_is(model: PreTrainedModel, changes: ConfigChanges) -> None
         with atomic_directory(save_directory) as directory:
             inner(str(directory), *args, **kwargs)
             complete_checkpoint(model, directory, changes)
-            check_checkpoint(directory).raise_if_errors()
+            check_checkpoint(directory).raise_if_errors(research=is_research_only(model))
 
     # Upstream wraps a method that lacks this mark, and would wrap this one again.
     save_pretrained._overridden = True
     save_pretrained._says_what_it_is = True
     model.save_pretrained = save_pretrained
+
+
+def is_research_only(model: PreTrainedModel) -> bool:
+    """Whether a recipe asked for a checkpoint that vLLM cannot serve."""
+    return getattr(model, "_research_only", False)
 
 
 def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: ConfigChanges) -> None:
@@ -61,4 +66,10 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
     dump = [report.model_dump(mode="json") for report in history]
     (directory / HISTORY_FILE).write_text(json.dumps(dump, indent=2) + "\n")
     recipe = directory / "recipe.yaml"
-    write_model_card(directory, model.config, history, recipe.read_text() if recipe.exists() else "")
+    write_model_card(
+        directory,
+        model.config,
+        history,
+        recipe.read_text() if recipe.exists() else "",
+        research=is_research_only(model),
+    )

@@ -1,0 +1,246 @@
+"""Router-aware mixed-precision quantization of experts, by upstream's algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from compressed_tensors.distributed import is_source_process
+from llmcompressor.core import Event, State
+from loguru import logger
+from pydantic import Field, PrivateAttr, model_validator
+from torch import nn
+
+from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before, recipe_modifiers
+from llmcompressor_moe.quantization import algorithms, heldout, refusals
+from llmcompressor_moe.quantization.awq import awq_mappings, check_awq_fits
+from llmcompressor_moe.quantization.planner import Planner, QuantSettings
+from llmcompressor_moe.quantization.report import QuantReport
+from llmcompressor_moe.quantization.routers import guard_routers
+from llmcompressor_moe.quantization.schemes import (
+    Candidate,
+    SchemeSpec,
+    needs_static_inputs,
+    resolve_scheme,
+    resolve_schemes,
+)
+from llmcompressor_moe.quantization.sensitivity import sensitivity
+from llmcompressor_moe.sizes import parse_bytes
+
+__all__ = ["RouterAwareQuantModifier"]
+
+
+class RouterAwareQuantModifier(MoEModifier):
+    """Gives each MoE layer the precision that its routed output needs, within a budget, and quantizes it with
+    upstream's round-to-nearest, GPTQ or AWQ.
+
+    Each candidate scheme is really applied to each expert and compared on the tokens that the router sends it;
+    the choice with the smallest sum of router-weighted errors that fits the budget is taken, exactly. Takes
+    exactly one of ``target_bits``, ``target_size`` and ``plan_path``.
+
+    Sample YAML::
+
+        RouterAwareQuantModifier:
+          schemes: [W4A16, W8A16]
+          target_bits: 5.0
+          algorithm: gptq
+          attention_scheme: W8A16
+          report_path: precision.json
+
+    Lifecycle:
+        - on_initialize: look at the model, refuse what cannot work
+        - on_calibration_start: measure on all but the last eighth of the data, choose, attach schemes
+        - on_sequential_epoch_end: upstream's algorithm quantizes
+        - on_calibration_end: compare routers and outputs on held-out data; write the report
+        - on_finalize: complete the model like all modifiers of this package
+
+    :param schemes: candidates: presets of compressed-tensors, ``UNQUANTIZED`` for 16 bit, or
+        ``{name: {weights: ..., input_activations: ...}}``
+    :param group_size: replaces the group size of all group-wise integer schemes
+    :param target_bits: mean bits per routed-expert weight, scales and zero points counted
+    :param target_size: bytes of all weight files, or a text such as ``20GiB``
+    :param granularity: ``layer`` or ``expert`` (research: vLLM cannot serve layers with several schemes)
+    :param algorithm: ``rtn``, ``gptq`` or ``awq``
+    :param attention_scheme: scheme of all Linears of attention; None leaves them in 16 bit
+    :param dense_scheme: the same for shared experts and dense feed-forward layers
+    :param ignore: names or ``re:`` patterns that stay in 16 bit; routers always do unless ``router`` is set
+    :param router: scheme on whose grid the routers are rounded; they stay stored in 16 bit
+    :param max_routing_change: largest share of routing decisions that rounding the routers may change
+    :param sensitivity: output_error, frequency, weight_error, uniform or random
+    :param sample_tokens: tokens per expert on which candidates are tried
+    :param servable: False allows schemes that vLLM cannot serve
+    """
+
+    schemes: list[SchemeSpec] = Field(default_factory=lambda: ["W4A16", "W8A16"])
+    group_size: int | None = Field(default=None, ge=1)
+    target_bits: float | None = None
+    target_size: int | str | None = None
+    granularity: Literal["layer", "expert"] = "layer"
+    algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
+    attention_scheme: SchemeSpec | None = None
+    dense_scheme: SchemeSpec | None = None
+    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    router: SchemeSpec | None = None
+    max_routing_change: float = Field(default=0.02, ge=0, le=1)
+    sensitivity: str = "output_error"
+    sample_tokens: int = Field(default=256, ge=1)
+    servable: bool = True
+
+    _asked: QuantSettings | None = PrivateAttr(default=None)
+    _router_scheme: Candidate | None = PrivateAttr(default=None)
+    _plan: QuantReport | None = PrivateAttr(default=None)
+    _report: QuantReport | None = PrivateAttr(default=None)
+    _reference: heldout.Reference | None = PrivateAttr(default=None)
+    _upstream: algorithms.UpstreamQuantization | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> RouterAwareQuantModifier:
+        self._check_one_of(("target_bits", "target_size", "plan_path"))
+        if self.target_bits is not None and not 0 < self.target_bits <= 32:
+            raise ValueError(f"target_bits={self.target_bits} must lie between 0 and 32.")
+        sensitivity(self.sensitivity)
+        self._asked = QuantSettings(
+            candidates=resolve_schemes(self.schemes, self.group_size, "schemes"),
+            attention=self._one("attention_scheme"),
+            dense=self._one("dense_scheme"),
+            target_bits=self.target_bits,
+            target_size=None if self.target_size is None else parse_bytes(self.target_size, "target_size"),
+            per_expert=self.granularity == "expert",
+            ignore=self.ignore,
+            sensitivity=self.sensitivity,
+            sample_tokens=self.sample_tokens,
+            seed=self.seed,
+        )
+        self._router_scheme = self._one("router")
+        fixed = [c for c in (self._asked.attention, self._asked.dense) if c is not None]
+        if self.plan_path is None:
+            self._require_data_for([*self._asked.candidates, *fixed])
+        return self
+
+    # Lifecycle
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """Refuse what cannot work; see the class."""
+        session = self._join_session(state)
+        if self.plan_path is not None:
+            self._adopt_plan(self._load_report(QuantReport))
+        planner = self._planner()
+        refusals.check_not_quantized(state.model, planner.names)
+        refusals.check_others(state.model, [m for m in recipe_modifiers() if m is not self], planner.names)
+        for experts in planner.experts.values():
+            linears = {name: linear for expert in experts for name, linear in expert.items()}
+            refusals.check_shapes(linears, self._asked.candidates, "schemes")
+        for field, (candidate, linears) in planner.fixed.items():
+            refusals.check_shapes(linears, [candidate], field)
+        if self.servable and self.granularity == "layer":
+            refusals.check_servable(session.topology.model_type, self._asked.candidates)
+        if self.algorithm == "awq":
+            check_awq_fits(session.topology.model_type, session.experts(session.layers[0])[0])
+        if self._plan is None and not any(isinstance(other, MoEModifier) for other in modifiers_before(self)):
+            planner.check_budget()
+        if self._needs_data():
+            self._batches = self._require_data(
+                state, "use a plan_path, or algorithm='rtn' with a sensitivity that needs no data"
+            )
+        elif state.data.calib is not None:
+            self._batches = state.data.calib
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Measure, choose, hand over to upstream."""
+        session, skip = self._session, self._not_running()
+        fit, held, apart = (
+            heldout.split_held_out(self._batches) if self._batches is not None else ([], [], False)
+        )
+        change = None
+        if self._router_scheme is not None and self._router_scheme.scheme is not None:
+            change = guard_routers(session, self._router_scheme, held, self.max_routing_change, skip)
+        planner = self._planner()
+        decided = planner.plan(fit, skip) if self._plan is None else planner.apply(self._plan)
+        self._report = QuantReport(**{**self._report_heading(None), **decided, "router_change": change})
+        self._warn_of_starved()
+        if held:
+            self._reference = heldout.observe_reference(session, held, apart, skip)
+        mappings = None
+        if self.algorithm == "awq":
+            mappings = awq_mappings(state.model, attention=self.attention_scheme is not None)
+        self._upstream = algorithms.UpstreamQuantization(
+            self.algorithm, planner.groups(self._report), mappings
+        )
+        self._upstream.start(state, event, **kwargs)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """Upstream's algorithm at work."""
+        self._upstream.sequential_epoch_end(state, event, modules, **kwargs)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """Compare before and after; tell what happened."""
+        self._upstream.end(state, event, **kwargs)
+        report = self._report
+        report.algorithm_notes = self._upstream.notes
+        for note in report.algorithm_notes:
+            logger.warning(f"RouterAwareQuantModifier ({self.algorithm}): {note}")
+        if self._reference is not None:
+            report.judge(
+                *heldout.judge(self._session, self._reference, self._not_running()),
+                apart=self._reference.apart,
+                comparable=self.algorithm != "awq",
+            )
+            self._reference = None
+        if self.report_path and is_source_process():
+            report.save(self.report_path)
+        state.model._trim_history = [*getattr(state.model, "_trim_history", []), report]
+        if self.granularity == "expert" or not self.servable:
+            state.model._research_only = True
+        logger.info(report.describe())
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Upstream's finalize, then ours."""
+        self._upstream.finalize(state, **kwargs)
+        return super().on_finalize(state, **kwargs)
+
+    # Helpers
+
+    def _one(self, field: str) -> Candidate | None:
+        spec = getattr(self, field)
+        return None if spec is None else resolve_scheme(spec, self.group_size, field)
+
+    def _require_data_for(self, candidates: list[Candidate]) -> None:
+        static = any(needs_static_inputs(candidate.scheme) for candidate in candidates)
+        self.requires_calibration_data = algorithms.needs_data(self.algorithm) or static
+
+    def _needs_data(self) -> bool:
+        measures = self.plan_path is None and sensitivity(self.sensitivity).needs_data
+        return self.requires_calibration_data or measures or self.router is not None
+
+    def _adopt_plan(self, plan: QuantReport) -> None:
+        """Take the candidates from a saved plan."""
+        specs: list[SchemeSpec] = [
+            name if scheme is None else {name: scheme} for name, scheme in plan.schemes.items()
+        ]
+        candidates = resolve_schemes(specs, None, "plan's schemes")
+        self._asked = replace(self._asked, candidates=candidates)
+        self._plan = plan
+        fixed = [candidate for candidate in (self._asked.attention, self._asked.dense) if candidate]
+        self._require_data_for([*candidates, *fixed])
+
+    def _planner(self) -> Planner:
+        return Planner(self._session, self._asked)
+
+    def _not_running(self) -> set[int]:
+        """Blocks whose MoE layer does not run any more."""
+        return self._session.dropped_blocks | self._session.dropped_layers
+
+    def _warn_of_starved(self) -> None:
+        starved = {
+            layer: len(plan.starved_experts)
+            for layer, plan in self._report.layers.items()
+            if plan.starved_experts
+        }
+        if starved:
+            logger.warning(
+                f"{sum(starved.values())} experts saw too few calibration tokens to be judged by their own error "
+                f"(layer: experts {starved}); their layer's mean error stands in. More or more varied data helps."
+            )

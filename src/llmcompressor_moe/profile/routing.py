@@ -1,0 +1,94 @@
+"""What the routers of a model decide on given batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from llmcompressor_moe.profile.forward import batch_mask, run_batches
+from llmcompressor_moe.profile.observing import RoutedObserver
+from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
+from llmcompressor_moe.topology import Block, Topology
+
+__all__ = ["RouterTrace", "trace_routing"]
+
+
+@dataclass
+class RouterTrace:
+    """One router's decisions, on the CPU.
+
+    :param chosen: boolean [tokens, experts]
+    :param probabilities: [tokens, experts] over all experts, fp32; None where the router has no softmax
+    """
+
+    chosen: torch.Tensor
+    probabilities: torch.Tensor | None
+
+
+class _RoutingObserver(RoutedObserver):
+    def __init__(self, model: nn.Module, block: Block) -> None:
+        super().__init__(model, block)
+        router = model.get_submodule(block.moe.router) if block.moe.router else None
+        self._router = router if router is not None and is_softmax_router(router) else None
+        self._chosen: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []
+
+    def attach(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+        super().attach()
+        return [self._router.register_forward_hook(self._after_router)] if self._router is not None else []
+
+    def on_routing(self, chosen: torch.Tensor) -> None:
+        """Keep the choice."""
+        self._chosen.append(chosen.cpu())
+
+    def trace(self) -> RouterTrace:
+        """Everything that was kept."""
+        chosen = torch.cat(self._chosen) if self._chosen else torch.zeros(0, self._count, dtype=torch.bool)
+        together = torch.cat(self._probabilities) if self._probabilities else None
+        return RouterTrace(
+            chosen, together if together is not None and len(together) == len(chosen) else None
+        )
+
+    def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        logits = router_logits(output, self._count)
+        if logits is None:
+            return
+        values = probabilities(logits)
+        keep = self.kept(len(values))
+        self._probabilities.append((values if keep is None else values[keep.to(values.device)]).cpu())
+
+
+def trace_routing(
+    model: PreTrainedModel,
+    topology: Topology,
+    batches: Sequence[dict[str, Any]],
+    *,
+    skip_layers: Collection[int] = (),
+    quantized: bool = False,
+) -> dict[int, RouterTrace]:
+    """Run ``model`` once over ``batches`` and keep what its routers decide.
+
+    :param skip_layers: MoE layers that do not run any more
+    :param quantized: run quantized modules as they will be served
+    :return: block index -> trace of this rank's batches
+    """
+    blocks = [block for block in topology.blocks if block.moe and block.index not in set(skip_layers)]
+    observers = {block.index: _RoutingObserver(model, block) for block in blocks}
+
+    def on_batch(index: int, batch: dict[str, Any]) -> None:
+        for observer in observers.values():
+            observer.start_batch(index, batch_mask(batch))
+
+    with contextlib.ExitStack() as stack:
+        for observer in observers.values():
+            stack.enter_context(observer)
+        run_batches(model, batches, on_batch, "Watching routers", quantized=quantized)
+    return {index: observer.trace() for index, observer in observers.items()}

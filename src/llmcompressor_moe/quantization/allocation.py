@@ -1,0 +1,75 @@
+"""Spend a budget: one choice per group so that the sum of errors is smallest. Exact."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_array
+
+__all__ = ["BudgetError", "Option", "allocate"]
+
+# The solver's absolute tolerance is fixed; the objective is scaled so that it means nothing.
+_OBJECTIVE_SCALE = 1e4
+
+
+class BudgetError(ValueError):
+    """No choice fits the budget."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for one group.
+
+    :param cost: what it takes from the budget, at least 0
+    :param error: what it adds to the error, at least 0
+    """
+
+    cost: float
+    error: float
+
+
+def allocate(groups: Sequence[Sequence[Option]], budget: float) -> list[int]:
+    """Index of the chosen option per group: costs within ``budget``, the sum of errors as small as possible.
+
+    A multiple-choice knapsack, solved as a mixed integer program by HiGHS to a zero gap.
+
+    :raises BudgetError: even the cheapest options cost more
+    """
+    if not groups:
+        return []
+    cheapest = sum(min(option.cost for option in options) for options in groups)
+    if cheapest > budget:
+        raise BudgetError(f"budget {budget} is under the cheapest choice, {cheapest}")
+    costs = np.array([option.cost for options in groups for option in options], dtype=float)
+    errors = np.array([option.error for options in groups for option in options], dtype=float)
+    sizes = [len(options) for options in groups]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    owner = np.repeat(np.arange(len(groups)), sizes)
+    once = csr_array((np.ones(len(costs)), (owner, np.arange(len(costs)))), shape=(len(groups), len(costs)))
+    # Only what an option adds to its group's smallest error can be chosen, and only that is scaled.
+    extra = errors - np.minimum.reduceat(errors, starts[:-1])[owner]
+    unit = max(budget, 1.0)
+    limit = csr_array(costs[None] / unit)
+    relaxed = linprog(
+        _scaled(extra, extra.max()), A_ub=limit, b_ub=[budget / unit], A_eq=once, b_eq=np.ones(len(groups))
+    )
+    optimum = relaxed.fun * extra.max() / _OBJECTIVE_SCALE if relaxed.success else 0.0
+    result = milp(
+        _scaled(extra, optimum if optimum > 0 else extra.max()),
+        integrality=np.ones(len(costs)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(limit, -np.inf, budget / unit)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise BudgetError(f"the solver found no choice within {budget}: {result.message}")
+    chosen = [int(np.argmax(result.x[start:end])) for start, end in itertools.pairwise(starts)]
+    return chosen
+
+
+def _scaled(errors: np.ndarray, by: float) -> np.ndarray:
+    return errors * (_OBJECTIVE_SCALE / by) if by > 0 else errors

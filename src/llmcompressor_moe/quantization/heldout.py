@@ -1,0 +1,135 @@
+"""Batches that no decision was made on, and what the model does on them before and after quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.offload import align_modules, get_execution_device
+from compressed_tensors.quantization import enable_quantization
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch import nn
+
+from llmcompressor_moe.profile.forward import sum_over_ranks
+from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
+from llmcompressor_moe.profile.samples import LayerSample, collect_samples
+from llmcompressor_moe.quantization.fidelity import restricted, routing_fidelity
+from llmcompressor_moe.quantization.report import RoutingFidelity
+from llmcompressor_moe.surgery.session import TrimSession
+
+__all__ = ["Reference", "judge", "observe_reference", "split_held_out"]
+
+# Enough for the figures, little enough to hold.
+_TOKENS = 8192
+_TOKENS_PER_EXPERT = 64
+_SHARE = 8
+
+
+@dataclass
+class Reference:
+    """What the model did before it was quantized.
+
+    :param batches: the held-out batches
+    :param apart: whether nothing was decided on these batches (False: there was only one batch)
+    :param expert_ids: layer -> original indices of its experts
+    """
+
+    batches: list[dict[str, Any]]
+    apart: bool
+    traces: dict[int, RouterTrace]
+    samples: dict[int, LayerSample]
+    expert_ids: dict[int, list[int]]
+
+
+def split_held_out(
+    batches: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
+    """Batches to decide on, the last eighth (8192 tokens at most) to judge by, and whether they differ."""
+    every = list(batches)
+    if len(every) < 2:
+        return every, every, False
+    count, tokens = 0, 0
+    while count < max(1, len(every) // _SHARE) and (not count or tokens < _TOKENS):
+        count += 1
+        tokens += every[-count]["input_ids"].numel()
+    return every[:-count], every[-count:], True
+
+
+def observe_reference(
+    session: TrimSession, batches: list[dict[str, Any]], apart: bool, skip_layers: set[int]
+) -> Reference:
+    """Two passes over the held-out batches: the routers' decisions, and samples of the experts' work."""
+    topology = session.topology_now()
+    return Reference(
+        batches=batches,
+        apart=apart,
+        traces=trace_routing(session.model, topology, batches, skip_layers=skip_layers),
+        samples=collect_samples(
+            session.model, topology, batches, _TOKENS_PER_EXPERT, skip_layers=skip_layers
+        ),
+        expert_ids={layer: session.expert_ids(layer) for layer in session.layers},
+    )
+
+
+def judge(
+    session: TrimSession, reference: Reference, skip_layers: set[int]
+) -> tuple[dict[int, RoutingFidelity], dict[int, float], dict[int, float]]:
+    """The quantized model on the held-out batches.
+
+    :return: layer -> routing fidelity; layer -> output error, see `LayerPlan`; layer -> power of its output
+    """
+    routing = _routing_after(session, reference, skip_layers)
+    present = [layer for layer in session.layers if layer in reference.samples]
+    errors = _measured_errors(
+        {layer: session.experts(layer) for layer in present},
+        {layer: session.expert_ids(layer) for layer in present},
+        reference,
+    )
+    return routing, errors, {layer: reference.samples[layer].output_power for layer in present}
+
+
+def _routing_after(
+    session: TrimSession, reference: Reference, skip_layers: set[int]
+) -> dict[int, RoutingFidelity]:
+    """Run the quantized model on the same batches and compare the routers, on the experts that are left."""
+    topology = session.topology_now()
+    after = trace_routing(session.model, topology, reference.batches, skip_layers=skip_layers, quantized=True)
+    found = {}
+    for layer, trace in after.items():
+        if layer not in reference.traces:
+            continue
+        columns = [reference.expert_ids[layer].index(expert) for expert in session.expert_ids(layer)]
+        found[layer] = routing_fidelity(restricted(reference.traces[layer], columns), trace)
+    return found
+
+
+@torch.no_grad()
+def _measured_errors(
+    experts: Mapping[int, Sequence[nn.Module]], ids: Mapping[int, Sequence[int]], reference: Reference
+) -> dict[int, float]:
+    """E over tokens of the sum over experts of ||g (f(x) - f_q(x))||^2, on the inputs that each expert had."""
+    found = {}
+    for layer, modules in experts.items():
+        sample = reference.samples[layer]
+        sums = torch.zeros(2, len(modules), dtype=torch.float64)
+        whole = []
+        for column, (expert, identity) in enumerate(zip(modules, ids[layer], strict=True)):
+            work = sample.experts[reference.expert_ids[layer].index(identity)]
+            whole.append(work.squared_weight)
+            if not len(work.inputs):
+                continue
+            expert.apply(enable_quantization)
+            with align_modules(list(expert.modules())), HooksMixin.disable_hooks():
+                device = get_execution_device(next(expert.children()))
+                outputs = expert(work.inputs.to(device))
+            gates = work.weights.double().square()
+            difference = (work.outputs.double() - outputs.cpu().double()).square().sum(dim=-1)
+            sums[0, column] = (gates * difference).sum()
+            sums[1, column] = gates.sum()
+        sums = sum_over_ranks(sums)
+        weights = torch.tensor(whole, dtype=torch.float64)
+        per_expert = torch.where(sums[1] > 0, sums[0] * weights / sums[1].clamp(min=1e-300), 0.0)
+        found[layer] = float(per_expert.sum()) / max(sample.tokens, 1)
+    return found

@@ -1,0 +1,280 @@
+"""From a model and calibration data to a plan: which Linears, what each candidate costs, what is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from compressed_tensors.quantization import QuantizationScheme
+from torch import nn
+
+from llmcompressor_moe.checkpoint.quantized_names import patterns_for
+from llmcompressor_moe.profile.samples import LayerSample, collect_samples, empty_sample
+from llmcompressor_moe.quantization.footprint import expert_sizes, rest_size
+from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates
+from llmcompressor_moe.quantization.planning import Budget, choose_schemes, mean_bits
+from llmcompressor_moe.quantization.report import LayerPlan, QuantReport
+from llmcompressor_moe.quantization.schemes import UNQUANTIZED, Candidate
+from llmcompressor_moe.quantization.sensitivity import SensitivityInput, output_error, sensitivity, starved
+from llmcompressor_moe.quantization.sizes import StoredSize
+from llmcompressor_moe.quantization.targets import (
+    attention_linears,
+    dense_linears,
+    expert_linears,
+    without_ignored,
+)
+from llmcompressor_moe.report import PlanFileError
+from llmcompressor_moe.surgery.session import TrimSession
+
+__all__ = ["Planner", "QuantSettings"]
+
+# layer -> expert -> module path -> Linear
+Experts = dict[int, list[dict[str, nn.Linear]]]
+Sizes = dict[int, list[dict[str, StoredSize]]]
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """What a recipe asks for.
+
+    :param candidates: schemes to choose from for routed experts
+    :param attention: scheme of attention's Linears, None: 16 bit
+    :param dense: scheme of shared experts and dense feed-forward layers
+    :param per_expert: one scheme per expert instead of one per layer
+    """
+
+    candidates: Sequence[Candidate]
+    attention: Candidate | None
+    dense: Candidate | None
+    target_bits: float | None
+    target_size: int | None
+    per_expert: bool
+    ignore: Sequence[str]
+    sensitivity: str
+    sample_tokens: int
+    seed: int
+
+
+@dataclass
+class Planner:
+    """The model as it is now, and what is asked for it.
+
+    :param session: the model with everything that the recipe has cut so far
+    """
+
+    session: TrimSession
+    settings: QuantSettings
+    experts: Experts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.experts = {}
+        for layer in self.session.layers:
+            linears = expert_linears(self.session, layer)
+            kept = [without_ignored(expert, self.settings.ignore) for expert in linears]
+            if not any(kept):
+                continue
+            if sum(map(len, kept)) != sum(map(len, linears)):
+                raise ValueError(
+                    f"ignore={list(self.settings.ignore)} leaves out some experts of block {layer} and not "
+                    "others; vLLM runs a layer's experts as one. Ignore all of them "
+                    rf"(for example 're:.*layers\.{layer}\..*experts.*') or none."
+                )
+            self.experts[layer] = linears
+
+    @property
+    def fixed(self) -> dict[str, tuple[Candidate, dict[str, nn.Linear]]]:
+        """Field -> its scheme and the Linears that get it."""
+        found = {}
+        for name, candidate, linears in (
+            ("attention_scheme", self.settings.attention, attention_linears),
+            ("dense_scheme", self.settings.dense, dense_linears),
+        ):
+            if candidate is not None and candidate.scheme is not None:
+                found[name] = (candidate, without_ignored(linears(self.session), self.settings.ignore))
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of all modules that may get a scheme."""
+        routed = [name for layer in self.experts.values() for expert in layer for name in expert]
+        return routed + [name for _, linears in self.fixed.values() for name in linears]
+
+    def sizes(self) -> Sizes:
+        """What each expert would take under each candidate."""
+        return {
+            layer: expert_sizes(self.session, experts, self.settings.candidates)
+            for layer, experts in self.experts.items()
+        }
+
+    def rest(self) -> int:
+        """Bytes of everything but the routed experts that are chosen for."""
+        fixed = {name: candidate.scheme for candidate, linears in self.fixed.values() for name in linears}
+        covered = [name for layer in self.experts.values() for expert in layer for name in expert]
+        return rest_size(self.session, fixed, covered).total
+
+    def check_budget(self) -> None:
+        """Refuse an impossible budget without having measured anything.
+
+        :raises ValueError: names the smallest possible budget
+        """
+        choose_schemes(self.sizes(), {layer: {} for layer in self.experts}, self._budget(), per_expert=False)
+
+    def plan(self, batches: Sequence[dict[str, Any]], skip_layers: set[int]) -> dict[str, Any]:
+        """Measure and choose: the fields of a `QuantReport` that say what was decided and why.
+
+        :param batches: calibration data to decide on; may be empty where the sensitivity needs none
+        :param skip_layers: MoE layers that do not run any more
+        """
+        measurements = self._measure(batches, skip_layers)
+        sizes = self.sizes()
+        errors, expected = {}, {}
+        for layer, measurement in measurements.items():
+            bits = {name: size.bits / size.weights for name, size in sizes[layer][0].items()}
+            given = SensitivityInput(measurement, bits, layer, self.settings.seed)
+            errors[layer] = sensitivity(self.settings.sensitivity).errors(given)
+            expected[layer] = output_error(given)
+        chosen = choose_schemes(sizes, errors, self._budget(), per_expert=self.settings.per_expert)
+        layers = {
+            layer: self._layer_plan(
+                layer, names, sizes[layer], errors[layer], expected[layer], measurements[layer]
+            )
+            for layer, names in chosen.items()
+        }
+        return self._totals(layers, sizes, chosen) | {
+            "calibration": {
+                "tokens": max((m.tokens for m in measurements.values()), default=0),
+                "samples": sum(len(batch["input_ids"]) for batch in batches),
+            }
+            if batches
+            else None
+        }
+
+    def apply(self, saved: QuantReport) -> dict[str, Any]:
+        """The same from a saved plan.
+
+        :raises PlanFileError: it does not name a scheme for every expert, or one that it does not define
+        """
+        sizes = self.sizes()
+        chosen: dict[int, list[str]] = {}
+        for layer in self.experts:
+            plan = saved.layers.get(layer)
+            if plan is None:
+                raise PlanFileError(f"The plan names no scheme for the MoE layer of block {layer}.")
+            ids = self.session.expert_ids(layer)
+            given = dict.fromkeys(ids, plan.scheme) if isinstance(plan.scheme, str) else plan.scheme
+            missing = [expert for expert in ids if expert not in given]
+            if missing:
+                raise PlanFileError(f"The plan names no scheme for experts {missing} of block {layer}.")
+            chosen[layer] = [given[expert] for expert in ids]
+            for name in chosen[layer]:
+                if name not in sizes[layer][0]:
+                    raise PlanFileError(
+                        f"The plan gives block {layer} the scheme {name!r}, which its schemes "
+                        f"({', '.join(sizes[layer][0])}) do not define."
+                    )
+            if not self.settings.per_expert and len(set(chosen[layer])) > 1:
+                raise PlanFileError(
+                    f"The plan gives the experts of block {layer} different schemes, {sorted(set(chosen[layer]))}; "
+                    "vLLM serves one per layer. Set granularity='expert' for research."
+                )
+        layers = {
+            layer: LayerPlan(**self._chosen_fields(layer, names, sizes[layer]))
+            for layer, names in chosen.items()
+        }
+        return self._totals(layers, sizes, chosen) | {"calibration": saved.calibration}
+
+    def groups(self, report: QuantReport) -> dict[str, QuantizationScheme]:
+        """compressed-tensors groups with targets for upstream's modifiers, as few patterns as possible."""
+        members: dict[str, list[str]] = {}
+        schemes = {candidate.name: candidate for candidate in self.settings.candidates}
+        for layer, experts in self.experts.items():
+            scheme = report.layers[layer].scheme
+            for identity, linears in zip(self.session.expert_ids(layer), experts, strict=True):
+                name = scheme if isinstance(scheme, str) else scheme[identity]
+                members.setdefault(name, []).extend(linears)
+        groups = {
+            name: schemes[name].for_targets(patterns_for(paths))
+            for name, paths in members.items()
+            if schemes[name].scheme is not None
+        }
+        for field_name, (candidate, linears) in self.fixed.items():
+            if linears:
+                groups[field_name] = candidate.for_targets(patterns_for(linears))
+        return groups
+
+    def _budget(self) -> Budget:
+        if self.settings.target_bits is not None:
+            return Budget(bits=self.settings.target_bits)
+        return Budget(nbytes=self.settings.target_size, rest=self.rest())
+
+    def _measure(
+        self, batches: Sequence[dict[str, Any]], skip_layers: set[int]
+    ) -> dict[int, LayerMeasurement]:
+        session = self.session
+        modules = {layer: session.experts(layer) for layer in self.experts}
+        samples: Mapping[int, LayerSample]
+        if batches:
+            samples = collect_samples(
+                session.model,
+                session.topology_now(),
+                batches,
+                self.settings.sample_tokens,
+                skip_layers=skip_layers,
+            )
+        else:
+            samples = {layer: empty_sample(len(experts)) for layer, experts in modules.items()}
+        return measure_candidates(modules, samples, self.settings.candidates)
+
+    def _layer_plan(
+        self,
+        layer: int,
+        names: Sequence[str],
+        sizes: Sequence[Mapping[str, StoredSize]],
+        errors: Mapping[str, Sequence[float]],
+        expected: Mapping[str, Sequence[float]],
+        measurement: LayerMeasurement,
+    ) -> LayerPlan:
+        ids = self.session.expert_ids(layer)
+        predicted = sum(expected[name][i] for i, name in enumerate(names) if name in expected)
+        seen = measurement.tokens > 0
+        return LayerPlan(
+            **self._chosen_fields(layer, names, sizes),
+            candidates={name: sum(errors.get(name, ())) for name in sizes[0]},
+            predicted_error=predicted if seen else None,
+            predicted_relative_error=predicted / measurement.output_power
+            if measurement.output_power
+            else None,
+            routed_tokens=measurement.routed_tokens,
+            starved_experts=[ids[index] for index in starved(measurement)] if seen else [],
+        )
+
+    def _chosen_fields(
+        self, layer: int, names: Sequence[str], sizes: Sequence[Mapping[str, StoredSize]]
+    ) -> dict[str, Any]:
+        total = sum((size[name] for size, name in zip(sizes, names, strict=True)), StoredSize())
+        ids = self.session.expert_ids(layer)
+        return {
+            "scheme": dict(zip(ids, names, strict=True)) if self.settings.per_expert else names[0],
+            "bits": total.bits / total.weights,
+            "nbytes": total.total,
+        }
+
+    def _totals(
+        self, layers: dict[int, LayerPlan], sizes: Sizes, chosen: Mapping[int, Sequence[str]]
+    ) -> dict[str, Any]:
+        used = {name for names in chosen.values() for name in names}
+        return {
+            "layers": layers,
+            "mean_bits": mean_bits(sizes, chosen),
+            "nbytes": self.rest() + sum(plan.nbytes for plan in layers.values()),
+            "schemes": {
+                candidate.name: candidate.scheme.model_dump(
+                    mode="json", exclude={"targets"}, exclude_none=True
+                )
+                if candidate.scheme is not None
+                else None
+                for candidate in self.settings.candidates
+                if candidate.name in used or candidate.name == UNQUANTIZED
+            },
+        }

@@ -1,0 +1,96 @@
+"""What cannot be quantized, found before any calibration; every message names the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible, why_vllm_cannot_serve
+
+__all__ = ["check_not_quantized", "check_others", "check_servable", "check_shapes"]
+
+
+def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Refuse a model that came quantized, and modules that an earlier modifier quantizes.
+
+    :raises ValueError: names what is quantized
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The model is quantized already (its config has a quantization_config); give oneshot the checkpoint "
+            "that it was made from."
+        )
+    modules = dict(model.named_modules())
+    taken = [name for name in names if hasattr(modules[name], "quantization_scheme")]
+    if taken:
+        raise ValueError(
+            f"{len(taken)} modules, {taken[0]!r} among them, are quantized by another modifier of the recipe; "
+            "let only one of them target these modules (targets, ignore)."
+        )
+
+
+def check_others(model: PreTrainedModel, others: Iterable[Modifier], names: Collection[str]) -> None:
+    """Refuse recipes in which another modifier quantizes the same modules, or smooths for schemes not yet known.
+
+    :param others: the other modifiers of the recipe
+    :raises ValueError: names the modifier
+    """
+    wanted = set(names)
+    for other in others:
+        kind = type(other).__name__
+        if isinstance(other, AWQModifier):
+            raise ValueError(
+                f"{kind} searches its scales for schemes that RouterAwareQuantModifier chooses only when it runs; "
+                "remove it from the recipe and set algorithm='awq'."
+            )
+        if not isinstance(other, QuantizationMixin) or not other.has_config():
+            continue
+        matched = match_named_modules(model, other.resolved_targets, other.ignore)
+        shared = next((name for name, _ in matched if name in wanted), None)
+        if shared is not None:
+            raise ValueError(
+                f"{kind} of the same recipe quantizes {shared!r} as well; let only one of them target it: add "
+                "the experts to its ignore ('re:.*experts.*'), or remove it and use attention_scheme and "
+                "dense_scheme."
+            )
+
+
+def check_shapes(linears: Mapping[str, nn.Linear], candidates: Sequence[Candidate], field: str) -> None:
+    """Refuse schemes whose groups or blocks do not fit.
+
+    :param linears: module path -> Linear
+    :raises ValueError: names the scheme, the module, both sizes and a size that fits
+    """
+    seen: set[tuple[int, int]] = set()
+    for name, linear in linears.items():
+        shape = (linear.out_features, linear.in_features)
+        if shape in seen:
+            continue
+        seen.add(shape)
+        for candidate in candidates:
+            reason = candidate.scheme and why_not_divisible(candidate.scheme, *shape)
+            if reason:
+                raise ValueError(f"{field}: {candidate.name} cannot quantize {name}: {reason}.")
+
+
+def check_servable(model_type: str, candidates: Sequence[Candidate]) -> None:
+    """Refuse schemes for experts that vLLM cannot serve in this architecture.
+
+    :raises ValueError: names the scheme and the reason
+    """
+    way_out = "choose another scheme, or set servable=False for a checkpoint that only transformers runs"
+    for candidate in candidates:
+        reason = why_vllm_cannot_serve(candidate.scheme)
+        family = exception_for(model_type).refuse_quantized_experts if candidate.scheme else None
+        if reason or family:
+            raise ValueError(
+                f"schemes: vLLM cannot serve experts of {model_type!r} in {candidate.name}: {reason or family}; "
+                f"{way_out}."
+            )
