@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli.errors import error_line, user_errors
+from llmcompressor_moe.report import DropReport, ModifierReport
 from llmcompressor_moe.sizes import bytes_text, count_text
 
 if TYPE_CHECKING:
     from llmcompressor_moe.compression import CompressionSummary
-    from llmcompressor_moe.report import DropReport
 
 NOT_LEGAL = 1
 
@@ -96,7 +96,7 @@ def render(summary: "CompressionSummary", console: Console) -> None:
         sizes.add_row(name, text(before), text(after), f"{100 * after / before:.1f} %")
     console.print(sizes)
     for report in summary.reports:
-        console.print(Text(f"{report.modifier}: {describe_dropped(report)}"), soft_wrap=True)
+        console.print(Text(describe_report(report)), soft_wrap=True)
     warnings = [finding for finding in summary.check.findings if finding.severity.value == "warning"]
     console.print(Text(f"check: legal to serve, {len(warnings)} warning(s)", style="bold green"))
     for finding in warnings:
@@ -114,8 +114,14 @@ def render(summary: "CompressionSummary", console: Console) -> None:
     console.print(Text(f"  {summary.serve_command}"), soft_wrap=True)
 
 
-def describe_dropped(report: "DropReport") -> str:
-    """One line that says what a modifier dropped."""
+def describe_report(report: ModifierReport) -> str:
+    """One line that says what a modifier did, indices included."""
+    if not isinstance(report, DropReport):
+        return report.describe()
+    return f"{report.modifier}: {_dropped(report)}"
+
+
+def _dropped(report: DropReport) -> str:
     if isinstance(report.dropped, dict):
         total = sum(len(experts) for experts in report.dropped.values())
         had = sum(report.num_experts.get(layer, 0) for layer in report.dropped)

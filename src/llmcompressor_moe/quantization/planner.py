@@ -175,7 +175,7 @@ class Planner:
                     )
             if not self.settings.per_expert and len(set(chosen[layer])) > 1:
                 raise PlanFileError(
-                    f"The plan gives the experts of block {layer} different schemes, {sorted(set(chosen[layer]))}; "
+                    f"The plan gives experts of block {layer} different schemes, {sorted(set(chosen[layer]))}; "
                     "vLLM serves one per layer. Set granularity='expert' for research."
                 )
         layers = {

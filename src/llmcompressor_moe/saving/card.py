@@ -19,12 +19,14 @@ def write_model_card(
     history: Sequence[ModifierReport],
     recipe: str,
     *,
-    research: bool = False,
+    quantized_experts: bool,
+    research: bool,
 ) -> None:
     """Write README.md into a checkpoint directory.
 
     :param history: what each modifier did, in order
     :param recipe: the recipe as YAML
+    :param quantized_experts: whether experts are stored compressed
     :param research: vLLM cannot serve this checkpoint, and its user asked for it nevertheless
     """
     base = history[0].base_model if history else ""
@@ -55,9 +57,14 @@ def write_model_card(
     ]
     if research:
         lines += [
-            "For research: vLLM cannot serve this checkpoint (schemes it has no kernel for, or several in one layer). "
+            "For research: vLLM cannot serve this checkpoint (schemes it has no method for, or several in a layer).",
+            "In transformers load it inside `llmcompressor_moe.load_trimmed_moe()`.",
         ]
-        lines += ["In transformers load it inside `llmcompressor_moe.load_trimmed_moe()`."]
+    elif uniform and quantized_experts:
+        lines += [
+            "vLLM loads it as it loads the base model. In transformers load it inside "
+            "`llmcompressor_moe.load_trimmed_moe()`: alone it decompresses the experts of all layers by one scheme."
+        ]
     elif uniform:
         lines += ["A plain checkpoint: transformers and vLLM load it as they load the base model."]
     else:

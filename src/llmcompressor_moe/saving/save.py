@@ -17,6 +17,7 @@ from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
 from llmcompressor_moe.saving.card import write_model_card
 from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
+from llmcompressor_moe.surgery.repack import has_quantized_experts
 from llmcompressor_moe.topology import text_config
 
 __all__ = ["HISTORY_FILE", "is_research_only", "save_says_what_it_is"]
@@ -71,5 +72,6 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
         model.config,
         history,
         recipe.read_text() if recipe.exists() else "",
+        quantized_experts=has_quantized_experts(model),
         research=is_research_only(model),
     )

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmcompressor_moe.linearize import restore_checkpoint_names
 from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
 
-__all__ = ["repack_experts"]
+__all__ = ["has_quantized_experts", "repack_experts"]
 
 
 @torch.no_grad()
@@ -39,6 +39,11 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
     if loaded_linear:
         restore_checkpoint_names(model, fused=bool(replaced))
     return replaced
+
+
+def has_quantized_experts(model: PreTrainedModel) -> bool:
+    """Whether any expert has a quantization scheme."""
+    return any(_is_quantized(experts) for _, experts in get_linearized_moes(model))
 
 
 def _fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
