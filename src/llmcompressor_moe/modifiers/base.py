@@ -11,6 +11,7 @@ from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, model_validator
 
+from llmcompressor_moe.modifiers.composition import join_recipe
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
 from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.finish import finish
@@ -77,6 +78,7 @@ class MoEModifier(Modifier):
         first = next((other for other in _ours(self) if other._session is not None), None)
         self._session = first._session if first else TrimSession.begin(state.model)
         _check_writable(self.report_path)
+        join_recipe(recipe_modifiers(), state)
         return self._session
 
     def _settings(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from compressed_tensors.distributed import is_source_process
@@ -11,12 +10,13 @@ from loguru import logger
 from pydantic import PrivateAttr, model_validator
 from torch import nn
 
-from llmcompressor_moe.modifiers.base import MoEModifier
+from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
+from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
 from llmcompressor_moe.profile import Profile
 from llmcompressor_moe.sparsity.importance import STATISTICS, importance_of, random_importance
 from llmcompressor_moe.sparsity.pruning import Part, UpstreamPruning, linear_weights
-from llmcompressor_moe.sparsity.ratios import experts_to_prune, ratios_for_mean
-from llmcompressor_moe.sparsity.report import SparsityReport
+from llmcompressor_moe.sparsity.ratios import experts_to_prune, ratio_of_structure, ratios_for_mean
+from llmcompressor_moe.sparsity.report import SparsityReport, tables_of
 
 __all__ = ["ExpertSparsityModifier"]
 
@@ -74,7 +74,7 @@ class ExpertSparsityModifier(MoEModifier):
     @model_validator(mode="after")
     def _check_fields(self) -> ExpertSparsityModifier:
         self._check_one_of(("sparsity", "plan_path"))
-        most = self._ratio_of_structure()
+        most = ratio_of_structure(self.mask_structure)
         bounds = {"min_sparsity": self.min_sparsity, "max_sparsity": self.max_sparsity}
         given = [f"{name}={value}" for name, value in bounds.items() if value is not None]
         if given and (self.plan_path is not None or most is not None or self.ratios == "uniform"):
@@ -114,7 +114,7 @@ class ExpertSparsityModifier(MoEModifier):
         self._refuse_quantized()
         self._check_columns()
         if self.plan_path is not None:
-            structure = self._ratio_of_structure()
+            structure = ratio_of_structure(self.mask_structure)
             counts = {layer: moe.num_experts for layer, moe in self._session.topology.moe_layers.items()}
             self._plan = self._load_report(SparsityReport)
             self._plan.check_ratios(
@@ -179,13 +179,13 @@ class ExpertSparsityModifier(MoEModifier):
         for part in parts:
             if part.expert is None:
                 planned = self._plan.shared_ratios if self._plan else {}
-                part.ratio = planned.get(part.layer, self._ratio_of_structure() or self.sparsity)
+                part.ratio = planned.get(part.layer, ratio_of_structure(self.mask_structure) or self.sparsity)
 
     def _ratios(self, routed: list[Part]) -> list[float | None]:
         if self._plan is not None:
             ratios = self._plan.ratios
             return [ratios[part.layer][part.expert] if part.layer in ratios else 0.0 for part in routed]
-        structure = self._ratio_of_structure()
+        structure = ratio_of_structure(self.mask_structure)
         if structure is None and self.ratios == "uniform":
             return [self.sparsity] * len(routed)
         importance = self._importance(routed)
@@ -214,19 +214,6 @@ class ExpertSparsityModifier(MoEModifier):
         high = (1 + self.sparsity) / 2 if self.max_sparsity is None else self.max_sparsity
         return low, high
 
-    def _ratio_of_structure(self) -> float | None:
-        """N/M; None for the unstructured mask."""
-        match = re.fullmatch(r"(\d+):(\d+)", self.mask_structure)
-        n, m = map(int, match.groups()) if match else (1, 0)
-        if (n, m) == (0, 0):
-            return None
-        if not 0 < n < m:
-            raise ValueError(
-                f"mask_structure={self.mask_structure!r} must be '0:0' (unstructured) or 'N:M' with N under M, "
-                "such as '2:4': N of M consecutive weights become zero."
-            )
-        return n / m
-
     # The model
 
     def _shared_experts(self, layer: int) -> list[str]:
@@ -246,6 +233,11 @@ class ExpertSparsityModifier(MoEModifier):
         return part.expert is None or part.expert in session.expert_ids(part.layer)
 
     def _refuse_quantized(self) -> None:
+        if any(isinstance(other, RouterAwareQuantModifier) for other in modifiers_before(self)):
+            raise ValueError(
+                "ExpertSparsityModifier cannot prune experts that RouterAwareQuantModifier has quantized; put "
+                "ExpertSparsityModifier before it."
+            )
         for layer in self._session.layers:
             for expert in self._session.experts(layer):
                 for name, module in expert.named_modules():
@@ -259,7 +251,7 @@ class ExpertSparsityModifier(MoEModifier):
                         )
 
     def _check_columns(self) -> None:
-        if self._ratio_of_structure() is None:
+        if ratio_of_structure(self.mask_structure) is None:
             return
         group = int(self.mask_structure.partition(":")[2])
         for layer in self._session.layers:
@@ -280,38 +272,19 @@ class ExpertSparsityModifier(MoEModifier):
 
     def _report(self) -> SparsityReport:
         counts = {layer: moe.num_experts for layer, moe in self._session.topology.moe_layers.items()}
-        ratios: dict[int, list[float | None]] = {}
-        zeros: dict[int, list[float | None]] = {}
-        fallback: dict[int, list[int]] = {}
-        routed = [part for part in self._parts if part.expert is not None and part.ratio is not None]
-        for part in routed:
-            for table, value in ((ratios, part.ratio), (zeros, part.measured)):
-                table.setdefault(part.layer, [None] * counts[part.layer])[part.expert] = value
-            if part.fallback:
-                fallback.setdefault(part.layer, []).append(part.expert)
-        shared = [part for part in self._parts if part.expert is None and part.ratio is not None]
-        weights = sum(part.weights for part in routed)
+        tokens = None
+        if self._profile is not None:
+            layers = self._profile.experts.items()
+            tokens = {
+                layer: dict(zip(self._expert_ids[layer], profile.routed_tokens, strict=True))
+                for layer, profile in layers
+            }
         return SparsityReport(
             algorithm=self.algorithm,
             mask_structure=self.mask_structure,
-            ratios=ratios,
-            shared_ratios={part.layer: part.ratio for part in shared},
-            zeros=zeros,
-            shared_zeros={part.layer: part.measured for part in shared if part.weights},
-            mean=sum(part.zeros for part in routed) / weights if weights else None,
-            tokens=self._tokens(counts),
-            fallback=fallback,
+            **tables_of(self._parts, counts, tokens),
             **self._report_heading(self._profile),
         )
-
-    def _tokens(self, counts: dict[int, int]) -> dict[int, list[int | None]] | None:
-        if self._profile is None:
-            return None
-        tokens = {}
-        for layer, profile in self._profile.experts.items():
-            by_id = dict(zip(self._expert_ids[layer], profile.routed_tokens, strict=True))
-            tokens[layer] = [by_id.get(expert) for expert in range(counts[layer])]
-        return tokens
 
     def _warn_of_fallback(self, report: SparsityReport) -> None:
         if report.fallback:

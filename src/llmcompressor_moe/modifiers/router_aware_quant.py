@@ -13,7 +13,6 @@ from torch import nn
 
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before, recipe_modifiers
 from llmcompressor_moe.quantization import algorithms, heldout, refusals
-from llmcompressor_moe.quantization.awq import awq_mappings, check_awq_fits
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.report import QuantReport
 from llmcompressor_moe.quantization.routers import guard_routers
@@ -26,6 +25,9 @@ from llmcompressor_moe.quantization.schemes import (
 )
 from llmcompressor_moe.quantization.sensitivity import sensitivity
 from llmcompressor_moe.sizes import parse_bytes
+from llmcompressor_moe.upstream.limits import wrong_mappings
+from llmcompressor_moe.upstream.mappings import awq_mappings
+from llmcompressor_moe.upstream.pinning import pin_only_with_an_accelerator
 
 __all__ = ["RouterAwareQuantModifier"]
 
@@ -134,8 +136,12 @@ class RouterAwareQuantModifier(MoEModifier):
             refusals.check_shapes(linears, [candidate], field)
         if self.servable and self.granularity == "layer":
             refusals.check_servable(session.topology.model_type, self._asked.candidates)
-        if self.algorithm == "awq":
-            check_awq_fits(session.topology.model_type, session.experts(session.layers[0])[0])
+        reason = wrong_mappings(session.topology.model_type, "AWQModifier")
+        if self.algorithm == "awq" and reason is not None:
+            raise ValueError(
+                f"algorithm='awq' would change what a {session.topology.model_type!r} model computes: upstream's "
+                f"mappings are wrong for it, {reason}. Use algorithm='gptq' or 'rtn'."
+            )
         if self._plan is None and not any(isinstance(other, MoEModifier) for other in modifiers_before(self)):
             planner.check_budget()
         if self._needs_data():
@@ -161,12 +167,11 @@ class RouterAwareQuantModifier(MoEModifier):
         self._warn_of_starved()
         if held:
             self._reference = heldout.observe_reference(session, held, apart, skip)
-        mappings = None
-        if self.algorithm == "awq":
-            mappings = awq_mappings(state.model, attention=self.attention_scheme is not None)
+        mappings = awq_mappings(state.model) if self.algorithm == "awq" else None
         self._upstream = algorithms.UpstreamQuantization(
             self.algorithm, planner.groups(self._report), mappings
         )
+        pin_only_with_an_accelerator()
         self._upstream.start(state, event, **kwargs)
 
     def on_sequential_epoch_end(

@@ -57,13 +57,13 @@ def write_model_card(
     ]
     if research:
         lines += [
-            "For research: vLLM cannot serve this checkpoint (schemes it has no method for, or several in a layer).",
+            "For research: vLLM cannot serve it (schemes that it has no method for, or several in a layer).",
             "In transformers load it inside `llmcompressor_moe.load_trimmed_moe()`.",
         ]
     elif uniform and quantized_experts:
         lines += [
             "vLLM loads it as it loads the base model. In transformers load it inside "
-            "`llmcompressor_moe.load_trimmed_moe()`: alone it decompresses the experts of all layers by one scheme."
+            "`llmcompressor_moe.load_trimmed_moe()`: alone it decompresses all experts by one scheme."
         ]
     elif uniform:
         lines += ["A plain checkpoint: transformers and vLLM load it as they load the base model."]

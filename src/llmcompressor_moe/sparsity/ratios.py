@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections.abc import Sequence
 
-__all__ = ["STEEPNESS", "experts_to_prune", "ratios_for_mean"]
+__all__ = ["STEEPNESS", "experts_to_prune", "ratio_of_structure", "ratios_for_mean"]
 
-# By how much ln(damage) grows per unit of ratio. On the demo model the increase of log-perplexity is multiplied
-# by 2.4 to 3.0 with every further tenth of the weights (docs/sparsity.md); a little more than its logarithm,
-# because the importance of an expert is known with an error.
-STEEPNESS = 12.0
+# By how much ln(damage) grows per unit of ratio. On the demo model it is about 10 between ratios of 0.3 and 0.8
+# (docs/sparsity.md). More than that is better, because the importance of an expert is known with an error and
+# small differences mean little: of 10, 14, 20 and 30 this one did best over means of 0.5 and 0.7.
+STEEPNESS = 14.0
 
 # What an importance of zero counts as, relative to the largest: enough to be at the bound before all others.
 _NOTHING = 1e-12
@@ -97,3 +98,20 @@ def experts_to_prune(importance: Sequence[float], sizes: Sequence[int], wanted: 
     counts = reachable[nearest][1]
     chosen = [positions[:count] for positions, count in zip(by_size.values(), counts, strict=True)]
     return sorted(position for group in chosen for position in group)
+
+
+def ratio_of_structure(mask_structure: str) -> float | None:
+    """The share of zeros that a mask structure gives: N/M for ``N:M``, None for ``0:0``, which gives any.
+
+    :raises ValueError: it is neither
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", mask_structure)
+    n, m = map(int, match.groups()) if match else (1, 0)
+    if (n, m) == (0, 0):
+        return None
+    if not 0 < n < m:
+        raise ValueError(
+            f"mask_structure={mask_structure!r} must be '0:0' (unstructured) or 'N:M' with N under M, such as "
+            "'2:4': N of M consecutive weights become zero."
+        )
+    return n / m

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pydantic import Field
 
 from llmcompressor_moe.report import ModifierReport, PlanFileError
+from llmcompressor_moe.sparsity.pruning import Part
 
-__all__ = ["SparsityReport"]
+__all__ = ["SparsityReport", "tables_of"]
 
 
 class SparsityReport(ModifierReport):
@@ -77,6 +81,45 @@ class SparsityReport(ModifierReport):
             f"{self.modifier}: {100 * (self.mean or 0.0):.1f} % of the routed experts' weights set to zero by "
             f"{self.algorithm} ({structure}; {spread}{shared}), {by}{on}"
         )
+
+
+def tables_of(
+    parts: Sequence[Part], num_experts: Mapping[int, int], tokens: Mapping[int, Mapping[int, int]] | None
+) -> dict[str, Any]:
+    """The fields of a report that tell of each expert.
+
+    :param parts: after pruning; those without a ratio are left out
+    :param num_experts: block index -> experts that the model came with
+    :param tokens: block index -> expert -> tokens routed to it
+    """
+    pruned = [part for part in parts if part.ratio is not None]
+    routed = [part for part in pruned if part.expert is not None]
+    shared = [part for part in pruned if part.expert is None]
+    weights = sum(part.weights for part in routed)
+
+    def table(values: Mapping[int, Mapping[int, Any]]) -> dict[int, list[Any]]:
+        return {
+            layer: [by_expert.get(expert) for expert in range(num_experts[layer])]
+            for layer, by_expert in values.items()
+        }
+
+    ratios: dict[int, dict[int, float]] = {}
+    zeros: dict[int, dict[int, float | None]] = {}
+    fallback: dict[int, list[int]] = {}
+    for part in routed:
+        ratios.setdefault(part.layer, {})[part.expert] = part.ratio
+        zeros.setdefault(part.layer, {})[part.expert] = part.measured
+        if part.fallback:
+            fallback.setdefault(part.layer, []).append(part.expert)
+    return {
+        "ratios": table(ratios),
+        "zeros": table(zeros),
+        "mean": sum(part.zeros for part in routed) / weights if weights else None,
+        "shared_ratios": {part.layer: part.ratio for part in shared},
+        "shared_zeros": {part.layer: part.measured for part in shared if part.weights},
+        "tokens": None if tokens is None else table(tokens),
+        "fallback": fallback,
+    }
 
 
 def _check_ratio(name: str, ratio: float | None, allowed: tuple[float, ...] | None) -> None:
