@@ -94,12 +94,11 @@ def test_savings_are_what_the_drops_take(family):
     model = tiny_models.build(family, **options)
     raw = config.to_dict()
     inspection = _inspection(Path("nowhere"), ReadConfig(raw, raw, config), model, find_topology(model))
-    block, layer, expert, w4, w8 = (saving.parameters for saving in inspection.savings)
+    block, layer, expert = (saving.parameters for saving in inspection.savings)
     assert inspection.parameters == whole
     assert block == whole - fewer_blocks
     assert 2 * expert == whole - fewer_experts
     assert layer < block
-    assert w4 == w8 == 0
     active = [saving.active_parameters for saving in inspection.savings]
     # Dropping experts leaves top_k as it is: a token passes the router's missing row less, no expert less.
     assert active[0] > active[1] > active[2]
@@ -108,9 +107,35 @@ def test_savings_are_what_the_drops_take(family):
 def test_four_bit_experts_take_a_quarter_and_their_scales():
     inspection = inspect_model(CONFIGS / "Mixtral-8x7B-v0.1")
     experts = next(part for part in inspection.parts if part.part == "experts")
-    assert inspection.savings[3].nbytes == experts.nbytes - (
-        experts.parameters // 2 + experts.parameters // 64
-    )
+    four_bit = inspection.schemes[0]
+    shapes = 32 * 8 * 3 * 2 * 8  # every packed matrix carries its shape, two integers
+    assert four_bit.nbytes == experts.parameters // 2 + experts.parameters // 64 + shapes
+    assert inspection.nbytes_in(four_bit) == inspection.nbytes - experts.nbytes + four_bit.nbytes
+
+
+def test_sizes_at_mean_bits_meet_those_of_schemes():
+    inspection = inspect_model(CONFIGS / "Qwen3-30B-A3B", ["W4A16", "W8A16", "UNQUANTIZED"])
+    for size in inspection.schemes:
+        assert inspection.nbytes_at(size.bits) == pytest.approx(inspection.nbytes_in(size), rel=1e-4)
+        assert inspection.bits_at(inspection.nbytes_in(size)) == pytest.approx(size.bits, rel=1e-3)
+
+
+def test_inspect_says_which_schemes_do_not_fit():
+    result = run("inspect", CONFIGS / "gpt-oss-20b", "--scheme", "W4A16", "--scheme", "MXFP4A16")
+    assert result.exit_code == 0
+    for words in ("W4A16 does not fit: group size 128 does not divide its 2880 inputs", "4.25", "12.8 GiB"):
+        assert words in result.output, words
+    result = run("inspect", CONFIGS / "gpt-oss-20b", "--scheme", "W4A61")
+    assert result.exit_code == 2
+    assert "'W4A61' is no preset" in result.output
+
+
+def test_inspect_sizes_a_mean():
+    targets = ("--target-bits", 4.5, "--target-size", "20GiB")
+    result = run("inspect", CONFIGS / "Mixtral-8x7B-v0.1", *targets, "--group-size", 64)
+    assert result.exit_code == 0
+    for words in ("mean of 4.5 bits", "26.6 GiB", "4.25", "mean of 3.24 bits", "20 GiB"):
+        assert words in result.output, words
 
 
 def test_inspect_prints_tables():
