@@ -35,7 +35,8 @@ class Option:
 def allocate(groups: Sequence[Sequence[Option]], budget: float) -> list[int]:
     """Index of the chosen option per group: costs within ``budget``, the sum of errors as small as possible.
 
-    A multiple-choice knapsack, solved as a mixed integer program by HiGHS to a zero gap.
+    A multiple-choice knapsack, solved as a mixed integer program by HiGHS to a zero gap. Differences below 1e-9
+    of the largest error count as none.
 
     :raises BudgetError: even the cheapest options cost more
     """
@@ -44,9 +45,10 @@ def allocate(groups: Sequence[Sequence[Option]], budget: float) -> list[int]:
     cheapest = sum(min(option.cost for option in options) for options in groups)
     if cheapest > budget:
         raise BudgetError(f"budget {budget} is under the cheapest choice, {cheapest}")
-    costs = np.array([option.cost for options in groups for option in options], dtype=float)
-    errors = np.array([option.error for options in groups for option in options], dtype=float)
-    sizes = [len(options) for options in groups]
+    useful = [_undominated(options) for options in groups]
+    costs = np.array([groups[g][i].cost for g, kept in enumerate(useful) for i in kept], dtype=float)
+    errors = np.array([groups[g][i].error for g, kept in enumerate(useful) for i in kept], dtype=float)
+    sizes = [len(kept) for kept in useful]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     owner = np.repeat(np.arange(len(groups)), sizes)
     once = csr_array((np.ones(len(costs)), (owner, np.arange(len(costs)))), shape=(len(groups), len(costs)))
@@ -67,8 +69,17 @@ def allocate(groups: Sequence[Sequence[Option]], budget: float) -> list[int]:
     )
     if result.x is None:
         raise BudgetError(f"the solver found no choice within {budget}: {result.message}")
-    chosen = [int(np.argmax(result.x[start:end])) for start, end in itertools.pairwise(starts)]
-    return chosen
+    best = [int(np.argmax(result.x[start:end])) for start, end in itertools.pairwise(starts)]
+    return [kept[index] for kept, index in zip(useful, best, strict=True)]
+
+
+def _undominated(options: Sequence[Option]) -> list[int]:
+    """Options that no other beats in cost and error at once; of equals the first."""
+    kept: list[int] = []
+    for index in sorted(range(len(options)), key=lambda i: (options[i].cost, options[i].error, i)):
+        if not kept or options[index].error < options[kept[-1]].error:
+            kept.append(index)
+    return kept
 
 
 def _scaled(errors: np.ndarray, by: float) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
@@ -100,6 +101,12 @@ class Planner:
         routed = [name for layer in self.experts.values() for expert in layer for name in expert]
         return routed + [name for _, linears in self.fixed.values() for name in linears]
 
+    @property
+    def _digits(self) -> int:
+        """Digits of the largest offset in a weight file: no file is larger than the plain model."""
+        with disable_onloading():
+            return len(str(sum(p.numel() * p.element_size() for p in self.session.model.parameters())))
+
     def sizes(self) -> Sizes:
         """What each expert would take under each candidate."""
         return {
@@ -111,14 +118,14 @@ class Planner:
         """Bytes of everything but the routed experts that are chosen for."""
         fixed = {name: candidate.scheme for candidate, linears in self.fixed.values() for name in linears}
         covered = [name for layer in self.experts.values() for expert in layer for name in expert]
-        return rest_size(self.session, fixed, covered).total
+        return rest_size(self.session, fixed, covered).on_disk(self._digits)
 
     def check_budget(self) -> None:
         """Refuse an impossible budget without having measured anything.
 
         :raises ValueError: names the smallest possible budget
         """
-        choose_schemes(self.sizes(), {layer: {} for layer in self.experts}, self._budget(), per_expert=False)
+        choose_schemes(self.sizes(), {layer: {} for layer in self.experts}, self.budget(), per_expert=False)
 
     def plan(self, batches: Sequence[dict[str, Any]], skip_layers: set[int]) -> dict[str, Any]:
         """Measure and choose: the fields of a `QuantReport` that say what was decided and why.
@@ -126,7 +133,7 @@ class Planner:
         :param batches: calibration data to decide on; may be empty where the sensitivity needs none
         :param skip_layers: MoE layers that do not run any more
         """
-        measurements = self._measure(batches, skip_layers)
+        measurements = self.measure(batches, skip_layers)
         sizes = self.sizes()
         errors, expected = {}, {}
         for layer, measurement in measurements.items():
@@ -134,7 +141,7 @@ class Planner:
             given = SensitivityInput(measurement, bits, layer, self.settings.seed)
             errors[layer] = sensitivity(self.settings.sensitivity).errors(given)
             expected[layer] = output_error(given)
-        chosen = choose_schemes(sizes, errors, self._budget(), per_expert=self.settings.per_expert)
+        chosen = choose_schemes(sizes, errors, self.budget(), per_expert=self.settings.per_expert)
         layers = {
             layer: self._layer_plan(
                 layer, names, sizes[layer], errors[layer], expected[layer], measurements[layer]
@@ -203,14 +210,19 @@ class Planner:
                 groups[field_name] = candidate.for_targets(patterns_for(linears))
         return groups
 
-    def _budget(self) -> Budget:
+    def budget(self) -> Budget:
+        """What may be spent on routed experts."""
         if self.settings.target_bits is not None:
             return Budget(bits=self.settings.target_bits)
-        return Budget(nbytes=self.settings.target_size, rest=self.rest())
+        return Budget(nbytes=self.settings.target_size, rest=self.rest(), digits=self._digits)
 
-    def _measure(
+    def measure(
         self, batches: Sequence[dict[str, Any]], skip_layers: set[int]
     ) -> dict[int, LayerMeasurement]:
+        """Try every candidate on every expert.
+
+        :param batches: see `plan`
+        """
         session = self.session
         modules = {layer: session.experts(layer) for layer in self.experts}
         samples: Mapping[int, LayerSample]
@@ -257,7 +269,7 @@ class Planner:
         return {
             "scheme": dict(zip(ids, names, strict=True)) if self.settings.per_expert else names[0],
             "bits": total.bits / total.weights,
-            "nbytes": total.total,
+            "nbytes": total.on_disk(self._digits),
         }
 
     def _totals(

@@ -24,11 +24,13 @@ class Budget:
     :param bits: mean bits per routed-expert weight
     :param nbytes: bytes of all weight files
     :param rest: bytes of everything that is not a routed expert under one of the candidates
+    :param digits: digits of the largest offset in a weight file
     """
 
     bits: float | None = None
     nbytes: int | None = None
     rest: int = 0
+    digits: int = 12
 
 
 def choose_schemes(sizes: Sizes, errors: Errors, budget: Budget, *, per_expert: bool) -> dict[int, list[str]]:
@@ -66,7 +68,7 @@ def choose_schemes(sizes: Sizes, errors: Errors, budget: Budget, *, per_expert: 
 
 
 def _cost(sizes: Sequence[StoredSize], budget: Budget) -> float:
-    return sum(size.bits if budget.bits is not None else size.total for size in sizes)
+    return sum(size.bits if budget.bits is not None else size.on_disk(budget.digits) for size in sizes)
 
 
 def _limits(groups: list[list[Option]], sizes: Sizes, budget: Budget) -> tuple[float, str]:

@@ -16,8 +16,6 @@ from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
 
 __all__ = ["StoredSize", "linear_size", "scheme_bits", "tensor_size"]
 
-# Digits of an offset in a file's header; more than any shard has bytes.
-_OFFSET = 10**11
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -26,25 +24,30 @@ class StoredSize:
     """What something takes in a checkpoint.
 
     :param nbytes: bytes of its tensors
-    :param header: bytes that its entries take in the headers, at most
+    :param header: bytes that its entries take in the headers, without the tensors' offsets
+    :param tensors: number of tensors
     :param bits: bits of weights, scales and zero points alone
     :param weights: number of weights behind ``bits``
     """
 
     nbytes: int = 0
     header: int = 0
+    tensors: int = 0
     bits: int = 0
     weights: int = 0
 
-    @property
-    def total(self) -> int:
-        """Bytes in the files, at most."""
-        return self.nbytes + self.header
+    def on_disk(self, digits: int) -> int:
+        """Bytes in the files, at most.
+
+        :param digits: digits of the largest offset in a file; every tensor's entry has two offsets
+        """
+        return self.nbytes + self.header + 2 * digits * self.tensors
 
     def __add__(self, other: StoredSize) -> StoredSize:
         return StoredSize(
             self.nbytes + other.nbytes,
             self.header + other.header,
+            self.tensors + other.tensors,
             self.bits + other.bits,
             self.weights + other.weights,
         )
@@ -52,9 +55,10 @@ class StoredSize:
 
 def tensor_size(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredSize:
     """One tensor in a safetensors file."""
-    entry = {"dtype": _DTYPES.get(dtype, "U8"), "shape": list(shape), "data_offsets": [_OFFSET, _OFFSET]}
-    header = len(json.dumps({name: entry}, separators=(",", ":"))) - 1
-    return StoredSize(math.prod(shape) * dtype.itemsize, header)
+    entry = {"dtype": _DTYPES.get(dtype, "U8"), "shape": list(shape), "data_offsets": []}
+    # Two braces less, two commas more.
+    header = len(json.dumps({name: entry}, separators=(",", ":")))
+    return StoredSize(math.prod(shape) * dtype.itemsize, header, tensors=1)
 
 
 def linear_size(name: str, linear: nn.Linear, scheme: QuantizationScheme | None) -> StoredSize:
