@@ -13,6 +13,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.topology import text_config
+from llmcompressor_moe.upstream.autoround import tune_with_hooks_off
 from llmcompressor_moe.upstream.limits import wrong_mappings
 from llmcompressor_moe.upstream.mappings import (
     awq_mappings,
@@ -24,9 +25,13 @@ from llmcompressor_moe.upstream.pinning import pin_only_with_an_accelerator
 
 __all__ = ["check_recipe", "join_recipe"]
 
+# By name: importing the class imports auto_round, which looks for devices and wraps `from_pretrained`.
+_AUTO_ROUND = "AutoRoundModifier"
+
 
 def join_recipe(modifiers: Sequence[Modifier], state: State) -> None:
-    """Refuse what cannot work beside our modifiers, and give smoothing modifiers mappings that suit an MoE.
+    """Refuse what cannot work beside our modifiers, and make others fit to stand beside them: smoothing
+    modifiers get mappings that suit an MoE, AutoRound keeps its own forward passes to itself.
 
     Called when one of our modifiers is initialized; a second call finds nothing left to do.
 
@@ -43,6 +48,8 @@ def join_recipe(modifiers: Sequence[Modifier], state: State) -> None:
                 modifier.mappings = awq_mappings(state.model)
         elif isinstance(modifier, SmoothQuantModifier) and _mappings_are_upstreams(modifier, state.model):
             _leave_moe_layers_out(modifier, state)
+        elif type(modifier).__name__ == _AUTO_ROUND:
+            tune_with_hooks_off(type(modifier))
 
 
 def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
@@ -54,9 +61,8 @@ def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
     """
     model_type = text_config(model.config).model_type
     for modifier in modifiers:
-        # The class itself is not imported: auto_round looks for devices as soon as it is.
         name = type(modifier).__name__
-        if name == "AutoRoundModifier" and model.dtype != torch.bfloat16:
+        if name == _AUTO_ROUND and model.dtype != torch.bfloat16:
             raise ValueError(
                 f"AutoRoundModifier turns the blocks that it tunes into bfloat16 and leaves the rest of the model "
                 f"as it is, {model.dtype}: load the model with dtype=torch.bfloat16."
