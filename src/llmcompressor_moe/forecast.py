@@ -178,6 +178,8 @@ def _slim(directory: str, name: str, modifier: RouterAwareQuantModifier) -> Step
     )
     sizes = sorted(size.bits for size in inspection.schemes)
     smallest, largest = sizes[0], sizes[-1]
+    # Packed matrices also carry their shape, which bits per weight leave out.
+    saved -= max(inspection.nbytes_in(size) - inspection.nbytes_at(size.bits) for size in inspection.schemes)
     wanted = modifier.target_bits
     if wanted is None:
         wanted = inspection.bits_at(parse_bytes(modifier.target_size, "target_size") + saved)
