@@ -1,10 +1,18 @@
 """Sizes of real models, computed from their public configs: against what their publishers' weight files hold, and
-docs/recipes.md against what is computed.
+docs/recipes.md against what is computed and what its code does.
 """
 
-import pytest
-from recipe_table import CONFIGS, DOCUMENT, MODELS, ROOM, TAKEN, fits, tables_in, updated
+import json
+import re
+from pathlib import Path
 
+import pytest
+import support
+import torch
+from recipe_table import CONFIGS, DOCUMENT, MODELS, ROOM, TAKEN, fits, tables_in, updated
+from safetensors.torch import load_file, save_file
+
+from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.inspection import inspect_model
 
 # `total_size` in the model.safetensors.index.json of each published checkpoint; gpt-oss-20b has MXFP4 experts.
@@ -37,3 +45,44 @@ def test_fits_leaves_room():
     limit = int(TAKEN * 24e9) - ROOM
     assert (fits(limit), fits(limit + 1)) == ("24 GB", "48 GB")
     assert fits(90 * 10**9) == "2 x 80 GB"
+
+
+# The 16 values of a four-bit float (OCP Microscaling Formats, E2M1).
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def random_mxfp4(shape: torch.Size, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Blocks and scales as published for weights [experts, in, out], and the values that they stand for."""
+    experts, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 126, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+    pairs = torch.stack([E2M1[(blocks & 15).long()], E2M1[(blocks >> 4).long()]], dim=-1)
+    values = pairs.flatten(-2) * torch.exp2(scales.float() - 127)[..., None]
+    return blocks, scales, values.flatten(-2).transpose(1, 2)
+
+
+def test_gpt_oss_is_unpacked_as_the_page_says(tmp_path, monkeypatch):
+    published = support.saved("gpt_oss", tmp_path).rename(tmp_path / "gpt-oss-20b")
+    values = {}
+    tensors = {}
+    for seed, (name, tensor) in enumerate(load_file(published / "model.safetensors").items()):
+        if name.endswith("_proj") and ".experts." in name:
+            blocks, scales, values[name] = random_mxfp4(tensor.shape, seed)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
+    real = json.loads((CONFIGS / "gpt-oss-20b" / "config.json").read_text())
+    config = json.loads((published / "config.json").read_text())
+    config.pop("dtype")
+    config["quantization_config"] = real["quantization_config"]
+    (published / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?Mxfp4Config.*?)```", DOCUMENT.read_text(), re.DOTALL)[1], {})
+    unpacked = load_file("gpt-oss-20b-bf16/model.safetensors")
+    assert values
+    for name, expected in values.items():
+        assert torch.equal(unpacked[name].float(), expected), name
+    assert "quantization_config" not in json.loads(Path("gpt-oss-20b-bf16/config.json").read_text())
+    assert check_checkpoint("gpt-oss-20b-bf16").ok
