@@ -99,6 +99,14 @@ def test_what_cannot_be_foretold_says_why(modifiers, words, tmp_path):
         last_step(CONFIGS / "Mixtral-8x7B-v0.1", tmp_path, modifiers)
 
 
+def test_schemes_that_vllm_cannot_serve_are_refused_as_in_a_run(tmp_path):
+    slim = "RouterAwareQuantModifier: {{target_bits: 5, schemes: [MXFP4A16]{}}}"
+    with pytest.raises(ValueError, match="cannot serve experts of 'gpt_oss' in MXFP4A16"):
+        last_step(CONFIGS / "gpt-oss-20b", tmp_path, slim.format(""))
+    step = last_step(CONFIGS / "gpt-oss-20b", tmp_path, slim.format(", servable: false"))
+    assert step.nbytes == 13_761_264_768
+
+
 def test_a_dense_scheme_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"W8A16 does not fit the model's dense FFN and shared experts: .*10944"

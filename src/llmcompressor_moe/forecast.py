@@ -20,6 +20,8 @@ from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
 from llmcompressor_moe.parts import ATTENTION, DENSE, SHARED
 from llmcompressor_moe.plan import amount_of
+from llmcompressor_moe.quantization.refusals import check_servable
+from llmcompressor_moe.quantization.schemes import resolve_schemes
 from llmcompressor_moe.sizes import bytes_text, parse_bytes
 from llmcompressor_moe.surgery.config import describe_layers, keep_blocks
 
@@ -69,7 +71,7 @@ def forecast(path: str | Path, recipe: Recipe) -> list[Step]:
     :param path: a model's directory, or its config.json
     :raises ForecastError: a threshold or a plan decides how much goes, a modifier is not one of this package,
         a scheme does not fit or a budget is too small
-    :raises ValueError: see `inspect_model`; or more is to go than is there
+    :raises ValueError: see `inspect_model`; or more is to go than is there, or vLLM cannot serve a scheme
     """
     inspection = inspect_model(path, ())
     shape = _Shape(
@@ -165,6 +167,9 @@ def _slim(directory: str, name: str, modifier: RouterAwareQuantModifier) -> Step
     if modifier.plan_path is not None:
         raise ForecastError(f"{name}: a plan decides the schemes; give target_bits or target_size.")
     inspection = inspect_model(directory, modifier.schemes, modifier.group_size)
+    if modifier.servable and modifier.granularity == "layer":
+        candidates = resolve_schemes(modifier.schemes, modifier.group_size, "schemes")
+        check_servable(inspection.model_type, candidates)
     refused = [f"{size.scheme}: {size.refused}" for size in inspection.schemes if size.refused]
     if refused:
         raise ForecastError(f"{name}: {'; '.join(refused)}.")
