@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +10,11 @@ import pytest
 import support
 import tiny_models
 import torch
+from compressed_tensors.quantization import disable_quantization
 from compressed_tensors.utils import match_modules_set
 from llmcompressor.core import reset_session
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
@@ -22,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from llmcompressor_moe import BlockDropModifier
+from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
 from llmcompressor_moe.modifiers.composition import join_recipe
 from llmcompressor_moe.topology import find_topology
 from llmcompressor_moe.upstream.limits import wrong_mappings
@@ -143,6 +145,35 @@ def test_families_that_are_refused_would_be_changed(family: str, tmp_path: Path)
         ValueError, match=f"AWQModifier with llm-compressor's own mappings changes .*{family}"
     ):
         support.trim(support.load(support.saved(family, tmp_path)), recipe)
+
+
+QUANTIZED = r"re:.*(experts\.\d+\.(gate|up|down)|[qkvo])_proj$"
+SMOOTHING: dict[str, Callable[[], Modifier]] = {
+    "AWQ": lambda: AWQModifier(n_grid=4),
+    "SmoothQuant": lambda: SmoothQuantModifier(),
+}
+
+
+@pytest.mark.parametrize("drop_first", [True, False])
+@pytest.mark.parametrize("pipeline", ["independent", "sequential"])
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+def test_beside_a_drop_only_the_drop_changes_the_function(
+    smoothing: str, pipeline: str, drop_first: bool, tmp_path: Path
+) -> None:
+    """With quantization switched off, what is left must compute what the drop alone leaves."""
+    path = support.saved("olmoe", tmp_path)
+    drops = [LayerDropModifier(layers=[2]), ExpertDropModifier(experts={0: [3], 1: [0]})]
+    expected = support.logits(support.trim(support.load(path), drops, no_data=True))
+    schemes = QuantizationModifier(scheme="W8A8", targets=[QUANTIZED])
+    drops = [LayerDropModifier(layers=[2]), ExpertDropModifier(experts={0: [3], 1: [0]})]
+    others = [SMOOTHING[smoothing](), schemes]
+    recipe = [*drops, *others] if drop_first else [*others, *drops]
+    model = support.trim(support.load(path), recipe, pipeline=pipeline)
+    rounded = support.logits(model)
+    model.apply(disable_quantization)
+    exact = support.logits(model)
+    assert not torch.allclose(rounded, exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(exact, expected, atol=1e-3, rtol=0)
 
 
 def test_mappings_of_your_own_stay() -> None:
