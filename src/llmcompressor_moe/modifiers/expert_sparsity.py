@@ -124,7 +124,6 @@ class ExpertSparsityModifier(MoEModifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Measure; begin to watch the experts' inputs."""
-        self._refuse_quantized()
         session = self._session
         self._expert_ids = {layer: session.expert_ids(layer) for layer in session.layers}
         if self._plan is None and self.ratios in STATISTICS:
@@ -233,6 +232,8 @@ class ExpertSparsityModifier(MoEModifier):
         return part.expert is None or part.expert in session.expert_ids(part.layer)
 
     def _refuse_quantized(self) -> None:
+        # Upstream's modifiers attach their schemes when they are initialized: those before us have, those after
+        # us have not.
         if any(isinstance(other, RouterAwareQuantModifier) for other in modifiers_before(self)):
             raise ValueError(
                 "ExpertSparsityModifier cannot prune experts that RouterAwareQuantModifier has quantized; put "
