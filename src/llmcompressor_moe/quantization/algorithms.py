@@ -19,6 +19,8 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 from torch import nn
 
+from llmcompressor_moe.profile.forward import sum_over_ranks
+
 __all__ = ["ALGORITHMS", "UpstreamQuantization", "needs_data"]
 
 ALGORITHMS = ("rtn", "gptq", "awq")
@@ -75,13 +77,13 @@ class UpstreamQuantization:
         modules = list(modules)
         ours = [module for module in modules if is_module_quantized(module)]
         unseen_inputs = [module for module in ours if _input_unseen(module)]
-        fed = set(self._modifiers[-1]._num_samples) if self._algorithm == "gptq" and self._modifiers else None
+        starved = (
+            _take_out_starved(self._modifiers[-1]) if self._algorithm == "gptq" and self._modifiers else []
+        )
         for modifier in self._modifiers:
             modifier.on_sequential_epoch_end(state, event, modules=modules, **kwargs)
-        if fed is not None:
-            starved = [m for m in ours if m not in fed and getattr(m, "weight_observer", None) is not None]
-            update_qparams(starved, "weight")
-            self._starved["weights rounded to nearest: no token reached them"] += len(starved)
+        update_qparams(starved, "weight")
+        self._starved["weights rounded to nearest: no token reached them"] += len(starved)
         filled = _borrow_input_scales(unseen_inputs, ours)
         self._starved["input scales taken from the other experts: no token reached them"] += filled
 
@@ -100,6 +102,24 @@ class UpstreamQuantization:
         """Upstream's finalize."""
         for modifier in self._modifiers:
             modifier.on_finalize(state, **kwargs)
+
+
+def _take_out_starved(gptq: GPTQModifier) -> list[nn.Module]:
+    """Modules that GPTQ has seen no token of; it would set their weights to zero.
+
+    Its hooks run for them too, on nothing, and leave a Hessian of zeros.
+    """
+    seen = list(gptq._hessians)
+    if not seen:
+        return []
+    traces = torch.stack(
+        [gptq._hessians[module].diagonal().sum(dtype=torch.float64).cpu() for module in seen]
+    )
+    traces = sum_over_ranks(traces).tolist()
+    starved = [module for module, trace in zip(seen, traces, strict=True) if trace == 0]
+    for module in starved:
+        del gptq._hessians[module], gptq._num_samples[module]
+    return starved
 
 
 def _input_unseen(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,11 @@ class Reference:
 def split_held_out(
     batches: Sequence[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Batches to decide on, the last eighth (8192 tokens at most) to judge by, and whether they differ."""
-    every = list(batches)
+    """Batches to decide on, an eighth (8192 tokens at most) to judge by, and whether they differ.
+
+    Which is which follows from what the batches hold, not from the order in which a shuffling loader gives them.
+    """
+    every = sorted(batches, key=_fingerprint)
     if len(every) < 2:
         return every, every, False
     count, tokens = 0, 0
@@ -55,6 +59,10 @@ def split_held_out(
         count += 1
         tokens += every[-count]["input_ids"].numel()
     return every[:-count], every[-count:], True
+
+
+def _fingerprint(batch: dict[str, Any]) -> str:
+    return hashlib.sha256(batch["input_ids"].cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def observe_reference(
