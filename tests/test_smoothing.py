@@ -15,6 +15,7 @@ from compressed_tensors.utils import match_modules_set
 from llmcompressor.core import reset_session
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.logarithmic_equalization import LogarithmicEqualizationModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
@@ -174,6 +175,14 @@ def test_beside_a_drop_only_the_drop_changes_the_function(
     exact = support.logits(model)
     assert not torch.allclose(rounded, exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(exact, expected, atol=1e-3, rtol=0)
+
+
+def test_subclasses_are_refused_like_their_base() -> None:
+    model = linearize_moe(tiny_models.build("laguna"))
+    with pytest.warns(DeprecationWarning):
+        modifier = LogarithmicEqualizationModifier()
+    with pytest.raises(ValueError, match="LogarithmicEqualizationModifier with .* changes .* 'laguna'"):
+        join_recipe([modifier], SimpleNamespace(model=model))
 
 
 def test_mappings_of_your_own_stay() -> None:

@@ -61,14 +61,16 @@ def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
     """
     model_type = text_config(model.config).model_type
     for modifier in modifiers:
-        name = type(modifier).__name__
-        if name == _AUTO_ROUND and model.dtype != torch.bfloat16:
+        if type(modifier).__name__ == _AUTO_ROUND and model.dtype != torch.bfloat16:
             raise ValueError(
                 f"AutoRoundModifier turns the blocks that it tunes into bfloat16 and leaves the rest of the model "
                 f"as it is, {model.dtype}: load the model with dtype=torch.bfloat16."
             )
-        reason = wrong_mappings(model_type, name)
+        # Subclasses share their base's mappings: LogarithmicEqualizationModifier is a SmoothQuantModifier.
+        kind = next((cls for cls in (AWQModifier, SmoothQuantModifier) if isinstance(modifier, cls)), None)
+        reason = wrong_mappings(model_type, kind.__name__) if kind is not None else None
         if reason is not None and _mappings_are_upstreams(modifier, model):
+            name = type(modifier).__name__
             raise ValueError(
                 f"{name} with llm-compressor's own mappings changes what a {model_type!r} model computes: "
                 f"{reason}. Give {name} `mappings` that name every layer that reads the smoothed one."
