@@ -181,7 +181,7 @@ def test_subclasses_are_refused_like_their_base() -> None:
     model = linearize_moe(tiny_models.build("laguna"))
     with pytest.warns(DeprecationWarning):
         modifier = LogarithmicEqualizationModifier()
-    with pytest.raises(ValueError, match="LogarithmicEqualizationModifier with .* changes .* 'laguna'"):
+    with pytest.raises(ValueError, match=r"LogarithmicEqualizationModifier with .* changes .* 'laguna'"):
         join_recipe([modifier], SimpleNamespace(model=model))
 
 
