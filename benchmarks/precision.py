@@ -42,7 +42,7 @@ LENGTH, CALIBRATION, SETS = 256, 64, 3
 BITS = (3.5, 4.5, 5.5, 6.5)
 SCHEMES = ["W2A16", "W3A16", "W4A16", "W8A16", "UNQUANTIZED"]
 RANDOM_SEEDS = range(5)
-SHARES = (0.7, 0.6, 0.5, 0.4, 0.35, 0.3)
+SHARES = (0.7, 0.6, 0.5, 0.4, 0.37, 0.35, 0.34, 0.33, 0.32)
 # name -> (blocks, MoE layers, experts per layer) to drop
 TRIMS = {
     "1 block": (1, 0, 0),
