@@ -83,7 +83,7 @@ experts = st.lists(
 @given(experts, st.floats(0.02, 0.98), st.floats(0, 1), st.floats(0, 1))
 def test_ratios_keep_mean_bounds_and_order(given_experts, mean, below, above) -> None:
     importance, sizes = map(list, zip(*given_experts, strict=True))
-    low, high = mean * below, mean + (1 - mean) * above
+    low, high = mean * below, min(1.0, mean + (1 - mean) * above)
     ratios = ratios_for_mean(importance, sizes, mean, low, high)
     assert np.average(ratios, weights=sizes) == pytest.approx(mean, abs=1e-9)
     assert all(low <= ratio <= high for ratio in ratios)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def experts_to_prune(importance: Sequence[float], sizes: Sequence[int], wanted: 
     # weights chosen -> (importance chosen, experts chosen per size)
     reachable: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for size, positions in by_size.items():
-        costs = [math.fsum(importance[p] for p in positions[:count]) for count in range(len(positions) + 1)]
+        costs = [0.0, *itertools.accumulate(importance[p] for p in positions)]
         grown: dict[int, tuple[float, tuple[int, ...]]] = {}
         for weights, (cost, counts) in reachable.items():
             for count, more in enumerate(costs):
