@@ -1,21 +1,47 @@
 """One of several ranks that trim a model together: run by test_ranks.py through torch.distributed.run.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/one_rank.py BASE OUT
+python -m torch.distributed.run --nproc_per_node 2 tests/one_rank.py BASE OUT [plan]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import support
 import torch
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import distributed as dist
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe.quantization.planner import Planner, QuantSettings
+from llmcompressor_moe.quantization.schemes import resolve_schemes
+from llmcompressor_moe.surgery.session import TrimSession
 
 
-def main(base: Path, out: Path) -> None:
+def plan_of(base: Path, ids: torch.Tensor) -> str:
+    """What a RouterAwareQuantModifier would choose, and why, as one line of JSON."""
+    session = TrimSession.begin(linearize_moe(support.load(base)))
+    settings = QuantSettings(
+        candidates=resolve_schemes(["W4A16", "W8A16"], 32, "schemes"),
+        attention=None,
+        dense=None,
+        target_bits=7.0,
+        target_size=None,
+        per_expert=False,
+        ignore=["lm_head"],
+        sensitivity="output_error",
+        sample_tokens=10_000,
+        seed=0,
+    )
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    decided = Planner(session, settings).plan(batches, set())
+    layers = {index: plan.model_dump() for index, plan in decided["layers"].items()}
+    return json.dumps({"layers": layers, "calibration": decided["calibration"]})
+
+
+def main(base: Path, out: Path, kind: Path = Path("trim")) -> None:
     torch.set_num_threads(1)
     ids = support.token_ids()
     if dist.is_torchelastic_launched():
@@ -27,6 +53,10 @@ def main(base: Path, out: Path) -> None:
         BlockDropModifier(num_drop=1, metric="kl", report_path=f"{out}-block.json"),
         ExpertDropModifier(num_drop=2, criterion="reap", report_path=f"{out}-expert.json"),
     ]
+    if kind.name == "plan":
+        # On a CPU upstream shares weights between ranks in memory that it lays out itself; the plan needs none.
+        print("plan", plan_of(base, ids))
+        return
     model = support.trim(support.load(base), recipe, ids=ids, output_dir=str(out))
     print("logits", float(support.logits(model).double().sum()))
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +18,15 @@ from llmcompressor_moe.report import DropReport
 SCRIPT = Path(__file__).parent / "one_rank.py"
 
 
-def run(base: Path, out: Path, ranks: int) -> None:
+def run(base: Path, out: Path, ranks: int, *kind: str) -> str:
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     )
-    command = [sys.executable, *launcher, str(SCRIPT), str(base), str(out)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    command = [sys.executable, *launcher, str(SCRIPT), str(base), str(out), *kind]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=True, env=environment, timeout=600, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def flat(report: DropReport) -> torch.Tensor:
@@ -45,3 +49,22 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
     first, second = (load_file(out / "model.safetensors") for out in (one, two))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_ranks_choose_the_precision_that_one_chooses(tmp_path: Path) -> None:
+    base = support.saved("mixtral", tmp_path)
+
+    def plans(ranks: int) -> list[dict]:
+        lines = run(base, tmp_path, ranks, "plan").splitlines()
+        return [json.loads(line.removeprefix("plan ")) for line in lines if line.startswith("plan ")]
+
+    (one,) = plans(1)
+    first, second = plans(2)
+    assert first == second
+    assert first["calibration"] == one["calibration"] == {"tokens": 8 * 24, "samples": 8}
+    for index, ours in first["layers"].items():
+        theirs = one["layers"][index]
+        assert ours["scheme"] == theirs["scheme"]
+        assert ours["routed_tokens"] == theirs["routed_tokens"]
+        assert ours["candidates"] == pytest.approx(theirs["candidates"], rel=1e-5)
+    assert {plan["scheme"] for plan in first["layers"].values()} == {"W4A16", "W8A16"}

@@ -52,14 +52,16 @@ def cover_quantized_modules(
     if by_class_alone or len(groups) != len(schemes):
         return
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    everything = [spelling for name in linears for spelling in _spellings(name, names)]
     for group, quantized in zip(groups, members, strict=True):
-        targets = patterns_for(spelling for name in quantized for spelling in _spellings(name, names))
+        spelled = [spelling for name in quantized for spelling in _spellings(name, names)]
+        targets = patterns_for(spelled, everything)
         expressions = [
             re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")
         ]
         others = set(linears) - set(quantized)
         if any(expression.match(name) for expression in expressions for name in others):
-            targets = [spelling for name in quantized for spelling in _spellings(name, names)]
+            targets = spelled
         group["targets"] = targets
 
 
@@ -67,13 +69,34 @@ def _spellings(name: str, names: ExpertNames | None) -> list[str]:
     return list(dict.fromkeys([name, *(names.spellings(name) if names else ())]))
 
 
-def patterns_for(names: Iterable[str]) -> list[str]:
-    """Few patterns that match these module names.
+def patterns_for(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Few patterns that match these module names and no others.
 
-    Names that differ only in the block and the expert share a pattern that lists the blocks. A block whose
-    experts are listed from 0 without a gap is written with any expert number; one with gaps gets a pattern
-    that lists its experts.
+    Names that differ only in the block and the expert share a pattern that lists the blocks. A block of which
+    all experts are meant is written with any expert number; any other gets a pattern that lists its experts.
+
+    :param names: names of Linears
+    :param among: names of all Linears that there are, ``names`` among them
     """
+    plain, places = _places(names)
+    _, existing = _places(among)
+    patterns = []
+    for inside, layers in places.items():
+        partly = [layer for layer, experts in layers.items() if experts != existing[inside][layer]]
+        for layer in sorted(partly):
+            chosen = "|".join(str(expert) for expert in sorted(layers.pop(layer)))
+            path = re.escape(inside).replace(r"\*", f"(?:{chosen})")
+            patterns.append(rf"re:.*\blayers\.{layer}\.{path}$")
+        if not layers:
+            continue
+        listed = "|".join(str(layer) for layer in sorted(layers))
+        path = re.escape(inside).replace(r"\*", r"\d+")
+        patterns.append(rf"re:.*\blayers\.(?:{listed})\.{path}$")
+    return [*dict.fromkeys(plain), *patterns]
+
+
+def _places(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, set[int]]]]:
+    """Names outside of blocks, and path inside a block (``*`` for the expert) -> block -> experts (-1: none)."""
     plain: list[str] = []
     places: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
@@ -85,20 +108,4 @@ def patterns_for(names: Iterable[str]) -> list[str]:
         if match := _EXPERT.fullmatch(inside):
             inside, expert = f"{match['before']}*{match['after']}", int(match["expert"])
         places[inside][int(place["layer"])].add(expert)
-    patterns = []
-    for inside, layers in places.items():
-        gaps = {
-            layer
-            for layer, experts in layers.items()
-            if -1 not in experts and len(experts) != max(experts) + 1
-        }
-        for layer in sorted(gaps):
-            chosen = "|".join(str(expert) for expert in sorted(layers.pop(layer)))
-            path = re.escape(inside).replace(r"\*", f"(?:{chosen})")
-            patterns.append(rf"re:.*\blayers\.{layer}\.{path}$")
-        if not layers:
-            continue
-        listed = "|".join(str(layer) for layer in sorted(layers))
-        path = re.escape(inside).replace(r"\*", r"\d+")
-        patterns.append(rf"re:.*\blayers\.(?:{listed})\.{path}$")
-    return [*dict.fromkeys(plain), *patterns]
+    return plain, places

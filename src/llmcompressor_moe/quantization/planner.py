@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationScheme
 from torch import nn
 
 from llmcompressor_moe.checkpoint.quantized_names import patterns_for
+from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.samples import LayerSample, collect_samples, empty_sample
 from llmcompressor_moe.quantization.footprint import expert_sizes, rest_size
 from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates
@@ -151,7 +153,9 @@ class Planner:
         return self._totals(layers, sizes, chosen) | {
             "calibration": {
                 "tokens": max((m.tokens for m in measurements.values()), default=0),
-                "samples": sum(len(batch["input_ids"]) for batch in batches),
+                "samples": int(
+                    sum_over_ranks(torch.tensor(float(sum(len(b["input_ids"]) for b in batches))))
+                ),
             }
             if batches
             else None
@@ -200,14 +204,17 @@ class Planner:
             for identity, linears in zip(self.session.expert_ids(layer), experts, strict=True):
                 name = scheme if isinstance(scheme, str) else scheme[identity]
                 members.setdefault(name, []).extend(linears)
+        linears = [
+            name for name, module in self.session.model.named_modules() if isinstance(module, nn.Linear)
+        ]
         groups = {
-            name: schemes[name].for_targets(patterns_for(paths))
+            name: schemes[name].for_targets(patterns_for(paths, linears))
             for name, paths in members.items()
             if schemes[name].scheme is not None
         }
-        for field_name, (candidate, linears) in self.fixed.items():
-            if linears:
-                groups[field_name] = candidate.for_targets(patterns_for(linears))
+        for field_name, (candidate, covered) in self.fixed.items():
+            if covered:
+                groups[field_name] = candidate.for_targets(patterns_for(covered, linears))
         return groups
 
     def budget(self) -> Budget:
