@@ -1,8 +1,8 @@
 """What mixed precision costs the bundled demo model: held-out perplexity per mean bits and sensitivity, and
 trimming and quantizing together against each alone.
 
-    python benchmarks/precision.py            # measures, then writes docs/precision.json, docs/precision.md and plots
-    python benchmarks/precision.py --render   # writes the page and the plots again from docs/precision.json
+    python benchmarks/precision.py            # measures; writes docs/precision.json, the tables of docs/precision.md, plots
+    python benchmarks/precision.py --render   # writes tables and plots again from docs/precision.json
 
 Candidates are tried, budgets are spent and experts are rounded by the package; the model is then measured on
 held-out text in fp32. `random` has five seeds; the sensitivities that look at data are repeated on three disjoint sets of
@@ -289,26 +289,29 @@ def together(bench: Bench) -> dict:
 
 
 def render(found: dict) -> None:
+    """Write the plots, and the tables between their marks in docs/precision.md."""
     plot(found)
+    page = DOCS / "precision.md"
+    text = page.read_text()
+    for name, lines in (("sensitivity", _sensitivity(found)), ("together", _together(found))):
+        begin = f"<!-- {name}: begin -->"
+        before, _, rest = text.partition(begin)
+        _, end, after = rest.partition(f"<!-- {name}: end -->")
+        text = "\n".join([f"{before}{begin}", *lines, f"{end}{after}"])
+    page.write_text(text)
+
+
+def _sensitivity(found: dict) -> list[str]:
     base = found["sensitivity"]["base"]
     lines = [
-        "# What precision costs the demo model",
         "",
-        "Made by `python benchmarks/precision.py`. Perplexity on "
-        f"{found['sequences']} held-out sequences of {LENGTH} tokens; the untouched model has {base:.2f}. Candidates: "
-        + ", ".join(SCHEMES)
-        + " (one group per row here: rows are 128 wide), rounded to nearest, one scheme per MoE layer unless said "
-        "otherwise. Mean bits count scales.",
-        "",
-        "## Which sensitivity",
-        "",
-        "Increase of the perplexity; mean, and in brackets the smallest and the largest over seeds (`random`) or "
-        "calibration sets.",
-        "",
-        "![](precision.png)",
+        f"Perplexity on {found['sequences']} held-out sequences of {LENGTH} tokens; the untouched model has {base:.2f}. "
+        f"Candidates: {', '.join(SCHEMES)}, rounded to nearest. The tables show the increase of the perplexity: the "
+        "mean, and in brackets the smallest and the largest over five seeds (`random`) or three disjoint sets of "
+        f"{CALIBRATION} calibration sequences (where data is needed).",
     ]
     for granularity, by_bits in found["sensitivity"]["curves"].items():
-        lines += ["", f"### One scheme per {granularity}", ""]
+        lines += ["", f"One scheme per {granularity}:", ""]
         lines += [
             "| mean bits | " + " | ".join(SENSITIVITIES) + " |",
             "| --- " * (len(SENSITIVITIES) + 1) + "|",
@@ -316,30 +319,22 @@ def render(found: dict) -> None:
         for bits, by_name in by_bits.items():
             cells = [_cell([value - base for value in by_name[name]]) for name in SENSITIVITIES]
             lines.append(f"| {bits} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        found["notes"]["sensitivity"],
-        "",
-        "## Trim, quantize, or both",
-        "",
-        "Perplexity at equal bytes of the weight files. `trim alone` is the best of the drops that fit (blocks, "
-        "MoE layers by `kl`; experts by `reap`), in 16 bit; the others spend what is left on mixed precision.",
-        "",
-        "![](precision-together.png)",
-        "",
-    ]
-    names = list(found["together"]["rows"][0]["both"])
-    lines += ["| size | trim alone | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
-    for row in found["together"]["rows"]:
+    return [*lines, ""]
+
+
+def _together(found: dict) -> list[str]:
+    rows = found["together"]["rows"]
+    names = list(rows[0]["both"])
+    lines = ["", "| size | trim alone | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
+    for row in rows:
         trim = f"{row['trim_perplexity']:.2f} ({row['trim']})" if row["trim"] else "does not fit"
-        both = [f"{row['both'][name]:.2f}" if name in row["both"] else "-" for name in names]
+        both = [f"{row['both'][name]:.2f}" if name in row["both"] else "does not fit" for name in names]
         values = [row["both"][name] for name in names if name in row["both"]]
         both = [f"**{cell}**" if values and cell == f"{min(values):.2f}" else cell for cell in both]
         lines.append(
             f"| {row['share']:.0%} ({row['nbytes'] / 2**20:.2f} MiB) | {trim} | " + " | ".join(both) + " |"
         )
-    lines += ["", found["notes"]["together"]]
-    (DOCS / "precision.md").write_text("\n".join(lines) + "\n")
+    return [*lines, ""]
 
 
 def _cell(values: list[float]) -> str:
@@ -393,9 +388,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true")
     args = parser.parse_args()
     path = DOCS / "precision.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
     if args.render:
-        render(earlier)
+        render(json.loads(path.read_text()))
         return
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -404,7 +398,6 @@ def main() -> None:
         "sequences": len(bench.heldout),
         "sensitivity": sensitivities(bench),
         "together": together(bench),
-        "notes": earlier.get("notes", {"sensitivity": "", "together": ""}),
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
     render(found)

@@ -1,5 +1,6 @@
 """What README and docs tell people to type works, and every link leads somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def blocks(language: str) -> list[str]:
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     """On a tiny Mixtral in place of the real one and tokens in place of the dataset."""
-    model = support.saved("mixtral", tmp_path, num_layers=10, hidden_size=128, intermediate_size=128)
+    model = support.saved(
+        "mixtral", tmp_path, num_layers=10, hidden_size=128, head_dim=64, intermediate_size=128
+    )
     monkeypatch.chdir(tmp_path)
     compress, load = blocks("python")
     for written, here in (
@@ -39,9 +42,17 @@ def test_recipe_of_the_readme_is_the_python_above_it(tmp_path):
     (written,) = blocks("yaml")
     path = tmp_path / "recipe.yaml"
     path.write_text(written)
-    drop, quantization = read_recipe(path).modifiers
-    assert drop.num_drop == 8
-    assert repr(quantization.targets[0])[1:-1].replace("\\\\", "\\") in blocks("python")[0]
+    calls = {
+        node.func.id: {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        for node in ast.walk(ast.parse(blocks("python")[0]))
+        if isinstance(node, ast.Call) and node.func.id.endswith("Modifier")
+    }
+    recipe = read_recipe(path).modifiers
+    assert sorted(type(modifier).__name__ for modifier in recipe) == sorted(calls)
+    for modifier in recipe:
+        assert {name: getattr(modifier, name) for name in calls[type(modifier).__name__]} == calls[
+            type(modifier).__name__
+        ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

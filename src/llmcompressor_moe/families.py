@@ -23,6 +23,8 @@ class FamilyException:
     :param position_period: readers take a block's kind of attention from its index modulo this, whatever the
         config lists; blocks may only move by multiples of it
     :param refuse_quantized_experts: reason why vLLM cannot serve quantized experts of this family, if so
+    :param refuse_partly_quantized: reason why vLLM cannot serve this family with quantized experts in some
+        layers and 16-bit ones in others, if so
     """
 
     refuse_layer_drop: str | None = None
@@ -31,6 +33,7 @@ class FamilyException:
     refuse_uneven: str | None = None
     position_period: int = 1
     refuse_quantized_experts: str | None = None
+    refuse_partly_quantized: str | None = None
 
 
 _READS_COUNT_ITSELF = (
@@ -67,6 +70,10 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     "gpt_oss": FamilyException(
         position_period=2,
         refuse_quantized_experts="vLLM 0.32 loads experts that compressed-tensors packed into other values",
+    ),
+    "llama4_text": FamilyException(
+        refuse_partly_quantized="vLLM 0.32 expects either single experts or fused ones in all layers, and "
+        "those in 16 bit are stored fused"
     ),
     "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),
 }

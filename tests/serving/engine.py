@@ -48,11 +48,15 @@ class Result:
     logprobs: list[list[float]] | None = None
     error: str | None = None
 
-    def difference(self, reference: Sequence[Sequence[float]]) -> float:
-        """Largest absolute difference to `reference`; NaN counts as infinite. An error fails the test."""
+    def differences(self, reference: Sequence[Sequence[float]]) -> torch.Tensor:
+        """Absolute differences to `reference`, one per token; NaN counts as infinite. An error fails the test."""
         assert self.logprobs is not None, self.error
         ours, theirs = torch.tensor(self.logprobs), torch.tensor(reference)
-        return (ours - theirs).abs().nan_to_num(nan=torch.inf).max().item()
+        return (ours - theirs).abs().nan_to_num(nan=torch.inf).flatten()
+
+    def difference(self, reference: Sequence[Sequence[float]]) -> float:
+        """The largest of `differences`."""
+        return self.differences(reference).max().item()
 
 
 def vllm_logprobs(
@@ -70,10 +74,10 @@ def vllm_logprobs(
 ) -> list[Result]:
     """Score `prompts` (equally long) with vLLM for each checkpoint, all in one process; results in order.
 
-    `plugin=False` hides every general plugin from vLLM. `unpack_experts` serves packed int4 experts
-    through vLLM's unquantized MoE, as a CPU has no kernel for them. `multiprocessing` runs engine and
-    workers in processes of their own. `options` go to `vllm.LLM`, over the settings that an architecture
-    is known to need here; `job_options` holds more of them for each checkpoint.
+    `plugin=False` hides every general plugin from vLLM. `unpack_experts` decompresses experts and packed
+    Linears once vLLM loaded them, as a CPU has no kernel for them (expert_shim.py). `multiprocessing` runs
+    engine and workers in processes of their own. `options` go to `vllm.LLM`, over the settings that an
+    architecture is known to need here; `job_options` holds more of them for each checkpoint.
     """
     jobs = [
         {

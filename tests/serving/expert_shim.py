@@ -1,58 +1,139 @@
-"""Lets vLLM serve packed int4 experts where it has no kernel for them: a CPU without AMX. For tests only.
+"""Lets vLLM serve compressed experts where it has no kernel for them: a CPU without AMX. For tests only.
 
-vLLM still chooses the scheme of each layer, names and allocates the packed parameters and loads them with its
-own weight loaders; only then are they unpacked, and its unquantized MoE computes with them.
+vLLM still chooses the scheme of each layer, names and allocates the parameters and loads them with its own
+weight loaders; only then does compressed-tensors decompress them, and vLLM's unquantized MoE computes with
+the result. What vLLM does after loading is left out: its kernels, and the rounding of activations.
 """
 
-from fractions import Fraction
+import importlib
 from typing import Any
 
 import torch
 
+_METHODS = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
 
-def serve_packed_experts_unpacked() -> None:
-    """Replace vLLM's method for packed integer experts in this process."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+# Module under _METHODS: vLLM's method, the function in it that looks for a kernel, the storage format.
+_COVERED = {
+    "wna16": ("CompressedTensorsWNA16MoEMethod", "select_wna16_moe_backend", "pack-quantized"),
+    "w8a8_int8": ("CompressedTensorsW8A8Int8MoEMethod", "select_int8_moe_backend", "int-quantized"),
+    "w8a8_fp8": ("CompressedTensorsW8A8Fp8MoEMethod", "select_fp8_moe_backend", "float-quantized"),
+    "w4a4_nvfp4": ("CompressedTensorsW4A4Nvfp4MoEMethod", "select_nvfp4_moe_backend", "nvfp4-pack-quantized"),
+    "w4a4_mxfp4": ("CompressedTensorsW4A4Mxfp4MoEMethod", None, "mxfp4-pack-quantized"),
+}
+# Schemes of methods that do not keep what the config said.
+_PRESETS = {"nvfp4-pack-quantized": "NVFP4A16", "mxfp4-pack-quantized": "MXFP4A16"}
+
+
+def serve_compressed_experts_decompressed() -> None:
+    """Replace vLLM's methods for compressed experts in this process."""
+    for module_name, (method, kernel_choice, storage) in _COVERED.items():
+        module = importlib.import_module(f"{_METHODS}.compressed_tensors_moe_{module_name}")
+        # Of the kernels for packed integers only Marlin takes scales per channel; the method asks which it got.
+        kernel = module.WNA16MoEBackend.MARLIN if module_name == "wna16" else None
+        module.check_moe_marlin_supports_config = lambda *_, **__: True
+        if kernel_choice is not None:
+            setattr(module, kernel_choice, lambda *_, kernel=kernel, **__: (kernel, None))
+        setattr(module, method, _decompressing(getattr(module, method), storage))
+    _serve_packed_linears_unpacked()
+
+
+def _decompressing(method: type, storage: str) -> type:
+    """A subclass of a vLLM method that hands over to the unquantized one once weights are loaded."""
     from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        CompressedTensorsMoEMethod,
-        compressed_tensors_moe_wna16,
-    )
 
-    class UnpackedExperts(compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod):
-        def __init__(
-            self, weight_quant: Any, input_quant: Any, moe: Any, layer_name: str | None = None
-        ) -> None:
-            # Past the parent's constructor, which asks for a kernel and finds none.
-            CompressedTensorsMoEMethod.__init__(self, moe)
-            assert weight_quant.symmetric, "the shim unpacks symmetric weights only"
-            self.weight_quant, self.input_quant, self.symmetric = weight_quant, input_quant, True
-            self.num_bits, self.strategy = weight_quant.num_bits, weight_quant.strategy
-            self.packed_factor = Fraction(32, weight_quant.num_bits)
-            self.group_size = -1 if weight_quant.group_size is None else weight_quant.group_size
-            self.is_marlin = self.is_transposed = False
-            self.input_dtype = torch.float32
+    def create_weights(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+        method.create_weights(self, layer, *args, **kwargs)
+        # vLLM starts scales at one, where one that was never loaded could hide.
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data.fill_(torch.nan)
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        for name, shards in (("w13", 2), ("w2", 1)):
+            weight = _decompress(_take(layer, name), shards, _scheme(self, storage), storage)
+            layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
+        plain = UnquantizedFusedMoEMethod(self.moe)
+        layer._replace_quant_method(plain)
+        plain.process_weights_after_loading(layer)
+
+    # vLLM's weight loader goes by the name of the class.
+    body = {
+        "create_weights": create_weights,
+        "process_weights_after_loading": process_weights_after_loading,
+    }
+    return type(method.__name__, (method,), body)
+
+
+def _serve_packed_linears_unpacked() -> None:
+    """The same for Linears of packed integers: a CPU has no kernel for 8 bit, nor for 4 bit in float32."""
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
+
+    class Unpacked(MPLinearKernel):
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            return True, None
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            for name in ("w13", "w2"):
-                packed, scale = (
-                    getattr(layer, f"{name}_weight_packed"),
-                    getattr(layer, f"{name}_weight_scale"),
-                )
-                experts, rows, words = packed.shape
-                columns = int(words * self.packed_factor)
-                flat = unpack_from_int32(
-                    packed.reshape(experts * rows, words),
-                    self.num_bits,
-                    torch.Size([experts * rows, columns]),
-                )
-                groups = flat.view(experts, rows, scale.shape[-1], -1).to(scale.dtype)
-                weight = (groups * scale[..., None]).view(experts, rows, columns)
-                for suffix in ("weight_packed", "weight_scale", "weight_shape"):
-                    delattr(layer, f"{name}_{suffix}")
-                layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
-            plain = UnquantizedFusedMoEMethod(self.moe)
-            layer._replace_quant_method(plain)
-            plain.process_weights_after_loading(layer)
+            from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    compressed_tensors_moe_wna16.CompressedTensorsWNA16MoEMethod = UnpackedExperts
+            packed, scale, _ = self._get_weight_params(layer)
+            shape = torch.Size(reversed(self.config.partition_weight_shape))
+            integers = unpack_from_int32(packed.data, self.config.weight_type.size_bits, shape)
+            groups = integers.unflatten(-1, (scale.shape[-1], -1)).to(scale.dtype)
+            layer.unpacked = (groups * scale.data[..., None]).flatten(-2)
+
+        def apply_weights(
+            self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return torch.nn.functional.linear(x, layer.unpacked, bias)
+
+    compressed_tensors_wNa16.choose_mp_linear_kernel = lambda _config: Unpacked
+
+
+def _take(layer: Any, name: str) -> dict[str, torch.Tensor]:
+    """Remove a projection's parameters from the layer: name without the prefix -> [experts, ...]."""
+    taken = {}
+    for full_name, parameter in list(layer.named_parameters(recurse=False)):
+        if full_name.startswith(f"{name}_") and not full_name.endswith("_bias"):
+            taken[full_name.removeprefix(f"{name}_")] = parameter.data
+            delattr(layer, full_name)
+    return taken
+
+
+def _scheme(method: Any, storage: str) -> Any:
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+
+    if storage in _PRESETS:
+        return preset_name_to_scheme(_PRESETS[storage], [])
+    return QuantizationScheme(targets=[], weights=method.weight_quant, input_activations=method.input_quant)
+
+
+def _decompress(stored: dict[str, torch.Tensor], shards: int, scheme: Any, storage: str) -> torch.Tensor:
+    """The weights [experts, out, in] of a projection made of `shards` that were compressed one by one."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(storage)
+    scales = stored.get("weight_global_scale")
+    # vLLM's kernels take the first shard's for both.
+    assert scales is None or shards == 1 or torch.equal(scales[:, 0], scales[:, 1]), scales
+    kinds = {kind: tensor for kind, tensor in stored.items() if not kind.startswith("input")}
+    experts = []
+    for expert in range(len(next(iter(kinds.values())))):
+        parts = []
+        for shard in range(shards):
+            state = {
+                kind: tensor[expert].reshape(shards, -1, *tensor.shape[2:])[shard]
+                for kind, tensor in kinds.items()
+                if kind != "weight_shape"
+            }
+            if "weight_shape" in kinds:
+                rows, words = state["weight_packed"].shape
+                state["weight_shape"] = torch.tensor([rows, words * 32 // scheme.weights.num_bits])
+            parts.append(compressor.decompress(state, scheme)["weight"])
+        experts.append(torch.cat(parts))
+    return torch.stack(experts).float()

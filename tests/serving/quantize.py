@@ -1,11 +1,12 @@
-"""Packs the experts of a tiny checkpoint to int4 by hand, in the format that compressed-tensors defines."""
+"""Packs experts by hand in the format that compressed-tensors defines; plans and references for packed ones."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -67,3 +68,40 @@ def _quantization_config(groups: Mapping[int, int]) -> dict:
         "config_groups": {f"layer_{i}": scheme(i, group) for i, group in groups.items()},
         "ignore": ["lm_head"],
     }
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The loaded model, in place, with weights decompressed to float32 and inputs that are never rounded."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        module.quantization_enabled = False
+    # transformers forbids `model.float()` after quantization.
+    return torch.nn.Module.float(model)
+
+
+def write_plan(path: pathlib.Path, layers: Mapping[int, str | Sequence[str]], group: int) -> pathlib.Path:
+    """A plan of RouterAwareQuantModifier by hand: block index -> preset, or one preset per expert."""
+    presets = {
+        name for chosen in layers.values() for name in ([chosen] if isinstance(chosen, str) else chosen)
+    }
+    plan = {
+        "modifier": "RouterAwareQuantModifier",
+        "schemes": {name: _preset(name, group) for name in sorted(presets)},
+        "layers": {
+            str(layer): {"scheme": chosen if isinstance(chosen, str) else dict(enumerate(chosen))}
+            for layer, chosen in layers.items()
+        },
+    }
+    path.write_text(json.dumps(plan, indent=2))
+    return path
+
+
+def _preset(name: str, group: int) -> dict | None:
+    if name == "UNQUANTIZED":
+        return None
+    scheme = preset_name_to_scheme(name, [])
+    if scheme.weights.type == "int" and scheme.weights.strategy == "group":
+        scheme.weights.group_size = group
+    return scheme.model_dump(mode="json", exclude={"targets"})

@@ -72,9 +72,9 @@ def main(request_path: str, results_path: str) -> None:
     if request["poison"]:
         poison_fresh_memory()
     if request["unpack_experts"]:
-        from expert_shim import serve_packed_experts_unpacked
+        from expert_shim import serve_compressed_experts_decompressed
 
-        serve_packed_experts_unpacked()
+        serve_compressed_experts_decompressed()
     results: list[dict[str, Any]] = []
     for job in request["jobs"]:
         results.append(attempt(job))

@@ -12,6 +12,7 @@ from llmcompressor_moe.check.expected import ExpectedModel
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.check.schemes import FIELD, QPARAM, Schemes
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, read_small
+from llmcompressor_moe.families import exception_for
 
 # Projections that vLLM runs as one matrix.
 _RUN_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -176,6 +177,21 @@ def check_moe_layers(expected: ExpectedModel, demand: Demand, schemes: Schemes, 
             f"vLLM reads these experts, transformers alone does not: it {reason}",
             "serve with vLLM; in transformers load it inside load_trimmed_moe()",
         )
+
+
+def check_family(model_type: str, demand: Demand, findings: Findings) -> None:
+    """Families whose quantized experts vLLM cannot take."""
+    exception = exception_for(model_type)
+    found = {group is not None for groups in demand.expert_groups.values() for group in groups.values()}
+    if found == {False, True} and exception.refuse_partly_quantized:
+        reason, way_out = exception.refuse_partly_quantized, "quantize the experts of all layers"
+    elif True in found and exception.refuse_quantized_experts:
+        reason, way_out = exception.refuse_quantized_experts, "keep the experts in 16 bit"
+    else:
+        return
+    findings.error(
+        "moe-family", FIELD, f"vLLM cannot serve {model_type!r} with these experts: {reason}", way_out
+    )
 
 
 def _beyond_transformers(

@@ -5,7 +5,13 @@ from enum import Enum
 from pydantic import BaseModel, Field
 
 # Errors of checkpoints that only transformers can run, which a user may want for research.
-RESEARCH_CODES = ("moe-mixed-schemes", "moe-mixed-group-size", "moe-partly-quantized", "linear-mixed-schemes")
+RESEARCH_CODES = (
+    "linear-mixed-schemes",
+    "moe-family",
+    "moe-mixed-group-size",
+    "moe-mixed-schemes",
+    "moe-partly-quantized",
+)
 
 
 class Severity(str, Enum):

@@ -58,7 +58,7 @@ class ExpertSparsityModifier(MoEModifier):
     sparsity: float | None = None
     algorithm: Literal["sparsegpt", "wanda"] = "sparsegpt"
     mask_structure: str = "0:0"
-    ratios: Literal["utilization", "sensitivity", "uniform"] = "utilization"
+    ratios: Literal["utilization", "sensitivity", "uniform"] = "sensitivity"
     min_sparsity: float | None = None
     max_sparsity: float | None = None
     shared: Literal["spare", "prune"] = "spare"
