@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import Profile, Statistic
-from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
+from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
 from llmcompressor_moe.profile.observers import BlockObserver, ExpertsObserver, RunObserver
+from llmcompressor_moe.profile.observing import observe_batches
 from llmcompressor_moe.topology import Topology
 
 __all__ = ["collect_profile"]
@@ -52,24 +52,18 @@ def collect_profile(
     ]
     seen: dict[int, tuple[int, int]] = {}
 
-    def on_batch(index: int, batch: dict[str, Any]) -> None:
+    def count(index: int, batch: dict[str, Any]) -> None:
         mask = batch_mask(batch)
         ids = batch["input_ids"]
         seen[index] = (ids.shape[0], int(mask.sum()) if mask is not None else ids.numel())
-        for observer in observers:
-            observer.start_batch(index, mask)
 
-    with _all(observers):
-        run_batches(model, batches, on_batch, "Profiling")
+    observe_batches(model, observers, batches, "Profiling", on_batch=count)
     samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
     samples, tokens = sum_over_ranks(torch.tensor([samples, tokens], dtype=torch.float64)).long().tolist()
     if not tokens:
         raise ValueError(
             "The calibration dataset is empty: pass `dataset=` with at least one tokenized sequence."
         )
-    for observer in observers:
-        for accumulator in observer.accumulators():
-            accumulator.copy_(sum_over_ranks(accumulator))
     profile = Profile(
         num_tokens=tokens,
         num_samples=samples,
@@ -81,11 +75,3 @@ def collect_profile(
     )
     profile.check_finite()
     return profile
-
-
-@contextlib.contextmanager
-def _all(contexts: Iterable[contextlib.AbstractContextManager]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

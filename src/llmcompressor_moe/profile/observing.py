@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
+from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
 from llmcompressor_moe.topology import Block
 
-__all__ = ["Observer", "RoutedObserver", "first_tensor", "hidden_argument"]
+__all__ = ["Observer", "RoutedObserver", "first_tensor", "hidden_argument", "observe_batches"]
 
 
 def first_tensor(values: Any) -> torch.Tensor:
@@ -147,3 +151,34 @@ class RoutedObserver(Observer):
         chosen = torch.zeros(tokens, self._count + 1, dtype=torch.bool, device=flat.device)
         chosen.scatter_(1, top_k_index.reshape(tokens, -1).clamp(max=self._count), True)
         return chosen[:, : self._count]
+
+
+def observe_batches(
+    model: PreTrainedModel,
+    observers: Collection[Observer],
+    batches: Iterable[dict[str, Any]],
+    description: str,
+    *,
+    quantized: bool = False,
+    on_batch: Callable[[int, dict[str, Any]], None] | None = None,
+) -> None:
+    """Run ``model`` once over ``batches`` while observers watch; what they add up is summed over all ranks.
+
+    :param description: beside the progress bar
+    :param quantized: run quantized modules as they will be served
+    :param on_batch: called before each batch with its index
+    """
+
+    def start(index: int, batch: dict[str, Any]) -> None:
+        if on_batch is not None:
+            on_batch(index, batch)
+        for observer in observers:
+            observer.start_batch(index, batch_mask(batch))
+
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer)
+        run_batches(model, batches, start, description, quantized=quantized)
+    for observer in observers:
+        for accumulator in observer.accumulators():
+            accumulator.copy_(sum_over_ranks(accumulator))

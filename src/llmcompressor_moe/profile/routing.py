@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.profile.forward import batch_mask, run_batches
-from llmcompressor_moe.profile.observing import RoutedObserver
+from llmcompressor_moe.profile.observing import RoutedObserver, observe_batches
 from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
 from llmcompressor_moe.topology import Block, Topology
 
@@ -82,13 +80,5 @@ def trace_routing(
     """
     blocks = [block for block in topology.blocks if block.moe and block.index not in set(skip_layers)]
     observers = {block.index: _RoutingObserver(model, block) for block in blocks}
-
-    def on_batch(index: int, batch: dict[str, Any]) -> None:
-        for observer in observers.values():
-            observer.start_batch(index, batch_mask(batch))
-
-    with contextlib.ExitStack() as stack:
-        for observer in observers.values():
-            stack.enter_context(observer)
-        run_batches(model, batches, on_batch, "Watching routers", quantized=quantized)
+    observe_batches(model, observers.values(), batches, "Watching routers", quantized=quantized)
     return {index: observer.trace() for index, observer in observers.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import require_finite
-from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
-from llmcompressor_moe.profile.observing import RoutedObserver
+from llmcompressor_moe.profile.observing import RoutedObserver, observe_batches
 from llmcompressor_moe.topology import Block, Topology
 
 __all__ = ["ExpertSample", "LayerSample", "collect_samples", "empty_sample"]
@@ -135,17 +133,6 @@ def collect_samples(
     blocks = [block for block in topology.blocks if block.moe and block.index not in set(skip_layers)]
     per_batch = math.ceil(tokens_per_expert / max(len(batches), 1))
     observers = {block.index: _SampleObserver(model, block, per_batch) for block in blocks}
-
-    def on_batch(index: int, batch: dict[str, Any]) -> None:
-        for observer in observers.values():
-            observer.start_batch(index, batch_mask(batch))
-
-    with contextlib.ExitStack() as stack:
-        for observer in observers.values():
-            stack.enter_context(observer)
-        run_batches(model, batches, on_batch, "Measuring experts")
-    for observer in observers.values():
-        for accumulator in observer.accumulators():
-            accumulator.copy_(sum_over_ranks(accumulator))
+    observe_batches(model, observers.values(), batches, "Measuring experts")
     hidden = model.get_input_embeddings().weight.shape[-1]
     return {index: observer.sample(hidden) for index, observer in observers.items()}
