@@ -167,10 +167,10 @@ def _check_source(source: ModelInspection) -> None:
 def _check_needs_no_data(recipe: Recipe) -> None:
     for modifier in recipe.modifiers:
         needs = getattr(modifier, "_needs_data", lambda m=modifier: m.requires_calibration_data)
+        way_out = getattr(modifier, "_way_without_data", lambda: "name the indices to drop")
         if needs():
             raise ValueError(
-                f"{type(modifier).__name__} needs calibration data: give a dataset, or name the indices to "
-                "drop."
+                f"{type(modifier).__name__} needs calibration data: give a dataset, or {way_out()}."
             )
 
 

@@ -54,7 +54,7 @@ class ModifierReport(BaseModel):
             return cls.model_validate_json(Path(path).read_text())
         except OSError as error:
             raise PlanFileError(f"plan_path={str(path)!r} cannot be read: {error}.") from error
-        except ValidationError as error:
+        except (ValidationError, UnicodeDecodeError) as error:
             raise PlanFileError(f"plan_path={str(path)!r} is not a saved plan: {error}") from error
 
     def describe(self) -> str:

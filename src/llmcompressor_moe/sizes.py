@@ -1,6 +1,7 @@
 """Numbers of bytes and parameters as people read them."""
 
 import re
+from fractions import Fraction
 
 __all__ = ["bytes_text", "count_text", "parse_bytes", "share_text"]
 
@@ -18,7 +19,7 @@ def parse_bytes(value: int | str, field: str) -> int:
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{field}={value!r} is no size; write a number of bytes or a text such as '20GiB'.")
     units = _BINARY if match[3] else _UNITS
-    nbytes = int(float(match[1]) * units[match[2].upper()])
+    nbytes = int(Fraction(match[1]) * units[match[2].upper()])
     if nbytes < 1:
         raise ValueError(f"{field}={value!r} must be at least one byte.")
     return nbytes

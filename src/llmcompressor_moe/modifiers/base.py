@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,12 +165,13 @@ def _check_writable(report_path: str | None) -> None:
     if report_path is None:
         return
     path = Path(report_path)
-    was_there = path.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-        if not was_there:
-            path.unlink()
+        if path.exists():
+            with path.open("a"):
+                pass
+        else:
+            # Nothing is made before there is a report: a recipe that is refused leaves nothing behind.
+            with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
+                pass
     except OSError as error:
         raise ValueError(f"report_path={report_path!r} cannot be written: {error}.") from error

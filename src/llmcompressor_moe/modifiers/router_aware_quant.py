@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, Literal
 
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.utils import match_name
 from llmcompressor.core import Event, State
+from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
@@ -15,8 +18,9 @@ from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before, reci
 from llmcompressor_moe.quantization import algorithms, heldout, refusals
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.report import QuantReport
-from llmcompressor_moe.quantization.routers import guard_routers
+from llmcompressor_moe.quantization.routers import check_routers, guard_routers
 from llmcompressor_moe.quantization.schemes import (
+    UNQUANTIZED,
     Candidate,
     SchemeSpec,
     needs_static_inputs,
@@ -24,6 +28,7 @@ from llmcompressor_moe.quantization.schemes import (
     resolve_schemes,
 )
 from llmcompressor_moe.quantization.sensitivity import sensitivity
+from llmcompressor_moe.report import PlanFileError
 from llmcompressor_moe.sizes import parse_bytes
 from llmcompressor_moe.upstream.limits import wrong_mappings
 from llmcompressor_moe.upstream.mappings import awq_mappings
@@ -113,10 +118,17 @@ class RouterAwareQuantModifier(MoEModifier):
             sample_tokens=self.sample_tokens,
             seed=self.seed,
         )
-        self._router_scheme = self._one("router")
-        fixed = [c for c in (self._asked.attention, self._asked.dense) if c is not None]
-        if self.plan_path is None:
-            self._require_data_for([*self._asked.candidates, *fixed])
+        router = self._one("router")
+        self._router_scheme = router if router and router.scheme is not None else None
+        _check_patterns(self.ignore)
+        # A plan's own schemes are known only when it has been read.
+        candidates = [] if self.plan_path is not None else self._asked.candidates
+        every = [*candidates, *self._fixed()]
+        if self.plan_path is None and all(candidate.scheme is None for candidate in every):
+            raise ValueError(
+                f"schemes={self.schemes} quantizes nothing; name a scheme, or leave the modifier out."
+            )
+        self._require_data_for(every)
         return self
 
     # Lifecycle
@@ -126,14 +138,17 @@ class RouterAwareQuantModifier(MoEModifier):
         session = self._join_session(state)
         if self.plan_path is not None:
             self._adopt_plan(self._load_report(QuantReport))
+        self._refuse_another()
         planner = self._planner()
         refusals.check_not_quantized(state.model, planner.names)
         refusals.check_others(state.model, [m for m in recipe_modifiers() if m is not self], planner.names)
         for experts in planner.experts.values():
             linears = {name: linear for expert in experts for name, linear in expert.items()}
-            refusals.check_shapes(linears, self._asked.candidates, "schemes")
+            refusals.check_shapes(linears, self._asked.candidates, self._source)
         for field, (candidate, linears) in planner.fixed.items():
             refusals.check_shapes(linears, [candidate], field)
+        if self._router_scheme is not None:
+            check_routers(session, self._router_scheme)
         if self.servable and self.granularity == "layer":
             refusals.check_servable(session.topology.model_type, self._asked.candidates)
         reason = wrong_mappings(session.topology.model_type, "AWQModifier")
@@ -142,12 +157,14 @@ class RouterAwareQuantModifier(MoEModifier):
                 f"algorithm='awq' would change what a {session.topology.model_type!r} model computes: upstream's "
                 f"mappings are wrong for it, {reason}. Use algorithm='gptq' or 'rtn'."
             )
-        if self._plan is None and not any(isinstance(other, MoEModifier) for other in modifiers_before(self)):
-            planner.check_budget()
+        shrinks = any(isinstance(o, MoEModifier | REAPPruningModifier) for o in modifiers_before(self))
+        if self._plan is None:
+            planner.check_budget(shrinks)
+        else:
+            planner.check_plan(self._plan, shrinks)
+        self._warn_of_settings(planner)
         if self._needs_data():
-            self._batches = self._require_data(
-                state, "use a plan_path, or algorithm='rtn' with a sensitivity that needs no data"
-            )
+            self._batches = self._require_data(state, self._way_without_data())
         elif state.data.calib is not None:
             self._batches = state.data.calib
         return True
@@ -159,7 +176,7 @@ class RouterAwareQuantModifier(MoEModifier):
             heldout.split_held_out(self._batches) if self._batches is not None else ([], [], False)
         )
         change = None
-        if self._router_scheme is not None and self._router_scheme.scheme is not None:
+        if self._router_scheme is not None:
             change = guard_routers(session, self._router_scheme, held, self.max_routing_change, skip)
         planner = self._planner()
         decided = planner.plan(fit, skip) if self._plan is None else planner.apply(self._plan)
@@ -218,18 +235,59 @@ class RouterAwareQuantModifier(MoEModifier):
 
     def _needs_data(self) -> bool:
         measures = self.plan_path is None and sensitivity(self.sensitivity).needs_data
-        return self.requires_calibration_data or measures or self.router is not None
+        return self.requires_calibration_data or measures or self._router_scheme is not None
+
+    def _way_without_data(self) -> str:
+        """What to change in the fields so that no data is needed."""
+        ways = {
+            "leave router out": self._router_scheme is not None,
+            "use algorithm='rtn'": algorithms.needs_data(self.algorithm),
+            "use schemes with dynamic or 16-bit inputs": any(
+                needs_static_inputs(candidate.scheme)
+                for candidate in [*self._asked.candidates, *self._fixed()]
+            ),
+            "use a plan_path or a sensitivity that needs no data": self.plan_path is None
+            and sensitivity(self.sensitivity).needs_data,
+        }
+        return " and ".join(way for way, needed in ways.items() if needed)
+
+    def _fixed(self) -> list[Candidate]:
+        return [candidate for candidate in (self._asked.attention, self._asked.dense) if candidate]
+
+    @property
+    def _source(self) -> str:
+        """Where the candidates come from, for messages."""
+        return "schemes" if self.plan_path is None else f"plan_path={self.plan_path!r}: its schemes"
+
+    def _refuse_another(self) -> None:
+        if any(isinstance(o, RouterAwareQuantModifier) and o is not self for o in recipe_modifiers()):
+            raise ValueError(
+                "The recipe has several RouterAwareQuantModifiers, and each would quantize what another has "
+                "rounded already; keep one: schemes, ignore, attention_scheme and dense_scheme can say it all."
+            )
 
     def _adopt_plan(self, plan: QuantReport) -> None:
         """Take the candidates from a saved plan."""
+        empty = sorted(
+            name for name, scheme in plan.schemes.items() if scheme is None and name != UNQUANTIZED
+        )
+        if empty or not plan.schemes:
+            what = (
+                f"schemes.{empty[0]} is null, which only {UNQUANTIZED} may be"
+                if empty
+                else "schemes is empty"
+            )
+            raise PlanFileError(f"plan_path={self.plan_path!r}: {what}; write the scheme out.")
         specs: list[SchemeSpec] = [
             name if scheme is None else {name: scheme} for name, scheme in plan.schemes.items()
         ]
-        candidates = resolve_schemes(specs, None, "plan's schemes")
+        try:
+            candidates = resolve_schemes(specs, None, self._source)
+        except ValueError as error:
+            raise PlanFileError(str(error)) from error
         self._asked = replace(self._asked, candidates=candidates)
         self._plan = plan
-        fixed = [candidate for candidate in (self._asked.attention, self._asked.dense) if candidate]
-        self._require_data_for([*candidates, *fixed])
+        self._require_data_for([*candidates, *self._fixed()])
 
     def _planner(self) -> Planner:
         return Planner(self._session, self._asked)
@@ -237,6 +295,20 @@ class RouterAwareQuantModifier(MoEModifier):
     def _not_running(self) -> set[int]:
         """Blocks whose MoE layer does not run any more."""
         return self._session.dropped_blocks | self._session.dropped_layers
+
+    def _warn_of_settings(self, planner: Planner) -> None:
+        if self.granularity == "expert":
+            logger.warning(
+                "granularity='expert': vLLM cannot serve layers whose experts differ in their scheme."
+            )
+        names = [name for name, _ in self._session.model.named_modules()]
+        for entry in self.ignore:
+            # The default names the head, which not every model has under this name.
+            if entry != "lm_head" and not any(match_name(name, entry) for name in names):
+                logger.warning(
+                    f"ignore: {entry!r} matches no module of the model; experts have names such as "
+                    f"{planner.names[0]!r}."
+                )
 
     def _warn_of_starved(self) -> None:
         starved = {
@@ -249,3 +321,11 @@ class RouterAwareQuantModifier(MoEModifier):
                 f"{sum(starved.values())} experts saw too few calibration tokens to be judged by their own error "
                 f"(layer: experts {starved}); their layer's mean error stands in. More or more varied data helps."
             )
+
+
+def _check_patterns(ignore: list[str]) -> None:
+    for entry in ignore:
+        try:
+            re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"ignore: {entry!r} is no regular expression: {error}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,11 @@ class Planner:
                     rf"(for example 're:.*layers\.{layer}\..*experts.*') or none."
                 )
             self.experts[layer] = linears
+        if not self.experts:
+            raise ValueError(
+                f"ignore={list(self.settings.ignore)} and the drops before leave no routed expert to quantize; "
+                "ignore fewer, drop fewer MoE layers, or use llm-compressor's QuantizationModifier for the rest."
+            )
 
     @property
     def fixed(self) -> dict[str, tuple[Candidate, dict[str, nn.Linear]]]:
@@ -122,12 +128,31 @@ class Planner:
         covered = [name for layer in self.experts.values() for expert in layer for name in expert]
         return rest_size(self.session, fixed, covered).on_disk(self._digits)
 
-    def check_budget(self) -> None:
+    def check_budget(self, shrinks: bool) -> None:
         """Refuse an impossible budget without having measured anything.
 
+        :param shrinks: whether modifiers before this one may still take layers or experts away
         :raises ValueError: names the smallest possible budget
         """
-        choose_schemes(self.sizes(), {layer: {} for layer in self.experts}, self.budget(), per_expert=False)
+        sizes = self.sizes()
+        if shrinks and self.settings.target_bits is None:
+            return
+        if shrinks:
+            # Whatever goes, the mean stays at or above that of the layer that takes the fewest bits.
+            least = {
+                layer: min(mean_bits(sizes, {layer: [name] * len(experts)}) for name in experts[0])
+                for layer, experts in sizes.items()
+            }
+            layer = min(least, key=least.get)
+            sizes = {layer: sizes[layer]}
+        choose_schemes(sizes, {layer: {} for layer in sizes}, self.budget(), per_expert=False)
+
+    def check_plan(self, saved: QuantReport, shrinks: bool) -> None:
+        """Refuse a saved plan that does not fit; see `apply`.
+
+        :param shrinks: whether modifiers before this one may still take away what the plan is silent about
+        """
+        self._planned(saved, shrinks)
 
     def plan(self, batches: Sequence[dict[str, Any]], skip_layers: set[int]) -> dict[str, Any]:
         """Measure and choose: the fields of a `QuantReport` that say what was decided and why.
@@ -136,6 +161,8 @@ class Planner:
         :param skip_layers: MoE layers that do not run any more
         """
         measurements = self.measure(batches, skip_layers)
+        for layer, measurement in measurements.items():
+            _check_finite(layer, measurement)
         sizes = self.sizes()
         errors, expected = {}, {}
         for layer, measurement in measurements.items():
@@ -167,28 +194,7 @@ class Planner:
         :raises PlanFileError: it does not name a scheme for every expert, or one that it does not define
         """
         sizes = self.sizes()
-        chosen: dict[int, list[str]] = {}
-        for layer in self.experts:
-            plan = saved.layers.get(layer)
-            if plan is None:
-                raise PlanFileError(f"The plan names no scheme for the MoE layer of block {layer}.")
-            ids = self.session.expert_ids(layer)
-            given = dict.fromkeys(ids, plan.scheme) if isinstance(plan.scheme, str) else plan.scheme
-            missing = [expert for expert in ids if expert not in given]
-            if missing:
-                raise PlanFileError(f"The plan names no scheme for experts {missing} of block {layer}.")
-            chosen[layer] = [given[expert] for expert in ids]
-            for name in chosen[layer]:
-                if name not in sizes[layer][0]:
-                    raise PlanFileError(
-                        f"The plan gives block {layer} the scheme {name!r}, which its schemes "
-                        f"({', '.join(sizes[layer][0])}) do not define."
-                    )
-            if not self.settings.per_expert and len(set(chosen[layer])) > 1:
-                raise PlanFileError(
-                    f"The plan gives experts of block {layer} different schemes, {sorted(set(chosen[layer]))}; "
-                    "vLLM serves one per layer. Set granularity='expert' for research."
-                )
+        chosen = self._planned(saved, shrinks=False)
         layers = {
             layer: LayerPlan(**self._chosen_fields(layer, names, sizes[layer]))
             for layer, names in chosen.items()
@@ -208,7 +214,8 @@ class Planner:
             name for name, module in self.session.model.named_modules() if isinstance(module, nn.Linear)
         ]
         groups = {
-            name: schemes[name].for_targets(patterns_for(paths, linears))
+            # Prefixed: a recipe may name its scheme like a field.
+            f"schemes.{name}": schemes[name].for_targets(patterns_for(paths, linears))
             for name, paths in members.items()
             if schemes[name].scheme is not None
         }
@@ -244,6 +251,46 @@ class Planner:
         else:
             samples = {layer: empty_sample(len(experts)) for layer, experts in modules.items()}
         return measure_candidates(modules, samples, self.settings.candidates)
+
+    def _planned(self, saved: QuantReport, shrinks: bool) -> dict[int, list[str]]:
+        """Layer -> scheme per expert, as a saved plan has it."""
+        known = {candidate.name for candidate in self.settings.candidates}
+        layers = self.session.topology.moe_layers
+        unknown = sorted(set(saved.layers) - set(layers))
+        if unknown:
+            raise PlanFileError(
+                f"The plan names blocks {unknown}; MoE layers are in blocks {sorted(layers)}."
+            )
+        chosen: dict[int, list[str]] = {}
+        for layer in self.experts:
+            plan = saved.layers.get(layer)
+            if plan is None:
+                if shrinks:
+                    continue
+                raise PlanFileError(f"The plan names no scheme for the MoE layer of block {layer}.")
+            ids = self.session.expert_ids(layer)
+            given = dict.fromkeys(ids, plan.scheme) if isinstance(plan.scheme, str) else plan.scheme
+            unknown = sorted(set(given) - set(range(layers[layer].num_experts)))
+            if unknown:
+                raise PlanFileError(
+                    f"The plan names experts {unknown} of block {layer}, which has {layers[layer].num_experts}."
+                )
+            missing = [expert for expert in ids if expert not in given]
+            if missing and not shrinks:
+                raise PlanFileError(f"The plan names no scheme for experts {missing} of block {layer}.")
+            chosen[layer] = [given[expert] for expert in ids if expert in given]
+            undefined = sorted(set(chosen[layer]) - known)
+            if undefined:
+                raise PlanFileError(
+                    f"The plan gives block {layer} the scheme {undefined[0]!r}, which its schemes "
+                    f"({', '.join(sorted(known))}) do not define."
+                )
+            if not self.settings.per_expert and len(set(chosen[layer])) > 1:
+                raise PlanFileError(
+                    f"The plan gives experts of block {layer} different schemes, {sorted(set(chosen[layer]))}; "
+                    "vLLM serves one per layer. Set granularity='expert' for research."
+                )
+        return chosen
 
     def _layer_plan(
         self,
@@ -297,3 +344,14 @@ class Planner:
                 if candidate.name in used or candidate.name == UNQUANTIZED
             },
         }
+
+
+def _check_finite(layer: int, measurement: LayerMeasurement) -> None:
+    for name, errors in measurement.weight_error.items():
+        values = [*errors, *measurement.sampled_error[name]]
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(
+                f"Rounding the experts of block {layer} to {name} gave NaN or infinite errors: their weights or "
+                "their inputs are. Nothing was quantized. Check the weights and the dtype (a model in float16 "
+                "often overflows: load it in bfloat16)."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,9 +77,11 @@ def _limits(groups: list[list[Option]], sizes: Sizes, budget: Budget) -> tuple[f
     cheapest = sum(min(option.cost for option in options) for options in groups)
     if budget.bits is not None:
         weights = sum(next(iter(expert.values())).weights for layer in sizes.values() for expert in layer)
-        return budget.bits * weights, (
+        # Rounded up, so that what the message names is possible; the margin is for decimals that no float holds.
+        smallest_bits = math.ceil(round(cheapest / weights * 1e4, 6)) / 1e4
+        return budget.bits * weights * (1 + 1e-12), (
             f"target_bits={budget.bits} is impossible with these schemes: the smallest possible is "
-            f"{cheapest / weights:.4g} bits per expert weight, scales counted. Raise target_bits or add a "
+            f"{smallest_bits:g} bits per expert weight, scales counted. Raise target_bits or add a "
             "smaller scheme."
         )
     smallest = int(cheapest) + budget.rest

@@ -31,8 +31,9 @@ def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
     taken = [name for name in names if hasattr(modules[name], "quantization_scheme")]
     if taken:
         raise ValueError(
-            f"{len(taken)} modules, {taken[0]!r} among them, are quantized by another modifier of the recipe; "
-            "let only one of them target these modules (targets, ignore)."
+            f"{len(taken)} modules, {taken[0]!r} among them, are quantized already, by an earlier modifier of "
+            "the recipe or before it: let only one modifier target them (targets, ignore), and start from a model "
+            "that is not quantized."
         )
 
 

@@ -14,13 +14,36 @@ from torch import nn
 
 from llmcompressor_moe.profile.routing import trace_routing
 from llmcompressor_moe.quantization.fidelity import routing_fidelity
-from llmcompressor_moe.quantization.schemes import Candidate
+from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["guard_routers", "restore_routers", "round_routers"]
+__all__ = ["check_routers", "guard_routers", "restore_routers", "round_routers"]
 
 # (module, parameter name, value before)
 Before = list[tuple[nn.Module, str, torch.Tensor]]
+
+
+def check_routers(session: TrimSession, candidate: Candidate) -> None:
+    """Refuse a scheme whose groups do not fit, and a model without anything to round.
+
+    :raises ValueError: names the router, both sizes and a size that fits
+    """
+    paths = [moe.router for moe in session.topology.moe_layers.values() if moe.router]
+    matrices = {
+        f"{path}.{name}": parameter
+        for path in paths
+        for name, parameter in session.model.get_submodule(path).named_parameters()
+        if parameter.ndim == 2
+    }
+    if not matrices:
+        raise ValueError(
+            f"router={candidate.name!r}: no router of this {session.topology.model_type!r} model has a matrix "
+            "that could be rounded; leave router out."
+        )
+    for name, parameter in matrices.items():
+        reason = why_not_divisible(candidate.scheme, *parameter.shape)
+        if reason is not None:
+            raise ValueError(f"router: {candidate.name} cannot round {name}: {reason}.")
 
 
 @torch.no_grad()
@@ -74,8 +97,8 @@ def guard_routers(
     if change > limit:
         restore_routers(undo)
         raise ValueError(
-            f"router={candidate.name!r} would change {change:.1%} of the routing decisions, more than "
-            f"max_routing_change={limit:.1%} allows. Leave the routers in 16 bit, use a finer scheme, or raise "
+            f"router={candidate.name!r} would change {100 * change:.3g}% of the routing decisions, more than "
+            f"max_routing_change={limit:g} allows. Leave the routers in 16 bit, use a finer scheme, or raise "
             "the limit."
         )
     return change
