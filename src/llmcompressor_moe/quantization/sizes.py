@@ -16,7 +16,15 @@ from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
 
 __all__ = ["StoredSize", "linear_size", "scheme_bits", "tensor_size"]
 
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
