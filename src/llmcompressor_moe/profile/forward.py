@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
 from compressed_tensors.offload.cache.base import OffloadCache
-from compressed_tensors.quantization import enable_quantization
+from compressed_tensors.quantization import QuantizationStatus, disable_quantization, enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
@@ -86,7 +86,7 @@ def run_batches(
     with contextlib.ExitStack() as stack:
         stack.enter_context(HooksMixin.disable_hooks())
         if quantized:
-            model.apply(enable_quantization)
+            model.apply(_quantize_if_calibrated)
         else:
             stack.enter_context(DisableQuantization(model))
         if is_offloaded(model):
@@ -99,6 +99,12 @@ def run_batches(
                 batch = _to_device(batch, device)
                 on_batch(index, batch)
                 model(**batch)
+
+
+def _quantize_if_calibrated(module: torch.nn.Module) -> None:
+    """Modules of a modifier that comes later in the recipe have a scheme by now, but no scales."""
+    calibrated = getattr(module, "quantization_status", None) == QuantizationStatus.FROZEN
+    (enable_quantization if calibrated else disable_quantization)(module)
 
 
 def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

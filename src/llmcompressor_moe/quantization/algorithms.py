@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, QuantizationStrategy
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -96,7 +96,7 @@ class UpstreamQuantization:
             modifier.on_calibration_end(state, event, **kwargs)
             modifier.ended_ = True
         self.notes = [f"{count} modules: {what}" for what, count in self._starved.items() if count]
-        _check_scales(state.model)
+        _check_scales(state.model, self._algorithm)
 
     def finalize(self, state: State, **kwargs: Any) -> None:
         """Upstream's finalize."""
@@ -147,14 +147,16 @@ def _borrow_input_scales(unseen: list[nn.Module], modules: list[nn.Module]) -> i
     return filled
 
 
-def _check_scales(model: nn.Module) -> None:
+def _check_scales(model: nn.Module, algorithm: str) -> None:
+    way_out = "" if algorithm == "rtn" else ", or use algorithm='rtn'"
     for name, module in model.named_modules():
-        if not is_module_quantized(module):
+        # Modules of a modifier that comes later have schemes and scales by now, but nothing in them.
+        if getattr(module, "quantization_status", None) != QuantizationStatus.FROZEN:
             continue
         for leaf in ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale"):
             scale = getattr(module, leaf, None)
             if scale is not None and not bool(torch.isfinite(scale.float()).all()):
                 raise FloatingPointError(
                     f"{name}.{leaf} is NaN or infinite after quantization; nothing is saved. Check the weights "
-                    "and the calibration data, or use algorithm='rtn'."
+                    f"and the calibration data{way_out}."
                 )
