@@ -12,6 +12,9 @@ import pytest
 import support
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.utils import match_name
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError
+from llmcompressor_moe.checkpoint.quantized_names import patterns_for
 from llmcompressor_moe.report import DropReport
 
 
@@ -231,3 +235,73 @@ def test_recipe_as_yaml(mixtral: Path, tmp_path: Path) -> None:
 
 def _fail(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+# Patterns for quantized modules
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> tuple[set[str], set[str]]:
+    """Names of all Linears of a model whose layers differ, and those of them that get a scheme: single ones, whole
+    layers, single experts, and the first so many experts of a layer.
+    """
+    prefix = draw(st.sampled_from(["model.layers", "model.language_model.layers", "transformer.layers"]))
+    experts_in = draw(st.sampled_from(["mlp.experts", "block_sparse_moe.experts", "feed_forward.experts"]))
+    inside = draw(st.sampled_from([("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"), ("proj",)]))
+    among, names = {"lm_head", "model.embed.proj"}, set()
+    for layer in draw(st.lists(st.integers(0, 120), min_size=1, max_size=6, unique=True)):
+        plain = [f"{prefix}.{layer}.{path}" for path in ("self_attn.q_proj", "mlp.shared_expert.up_proj")]
+        experts = sorted(draw(st.lists(st.integers(0, 140), max_size=13, unique=True)))
+        if draw(st.booleans()):
+            experts = list(range(len(experts)))
+        of = {
+            expert: [f"{prefix}.{layer}.{experts_in}.{expert}.{name}" for name in inside]
+            for expert in experts
+        }
+        among.update(plain, *of.values())
+        names.update(draw(st.lists(st.sampled_from(plain), unique=True)))
+        first = draw(st.sampled_from([0, len(experts), draw(st.integers(0, len(experts)))]))
+        some = draw(st.lists(st.sampled_from(experts), unique=True)) if experts else []
+        chosen = draw(st.sampled_from([experts[:first], some]))
+        for expert in chosen:
+            names.update(draw(st.sampled_from([of[expert], of[expert][:1]])))
+    names.update(draw(st.sampled_from([[], ["lm_head"]])))
+    return names, among
+
+
+@settings(max_examples=300, deadline=None)
+@given(linears())
+@example((set(), {"lm_head"}))
+@example(
+    (
+        {f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in (1, 11)},
+        {
+            f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
+            for layer in (1, 11, 21)
+            for expert in range(112)
+        },
+    )
+)
+def test_patterns_match_what_is_meant_and_nothing_else(both: tuple[set[str], set[str]]) -> None:
+    names, among = both
+    patterns = patterns_for(sorted(names), sorted(among))
+    matched = {name for name in among if any(match_name(name, pattern) for pattern in patterns)}
+    assert matched == names
+    assert len(patterns) <= len(names)
+    assert len(set(patterns)) == len(patterns)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 12))
+def test_whole_layers_share_a_pattern_and_the_first_experts_do_not(
+    layers: int, experts: int, first: int
+) -> None:
+    of = {
+        layer: [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for expert in range(experts)]
+        for layer in range(layers)
+    }
+    among = [name for names in of.values() for name in names]
+    (pattern,) = patterns_for(among, among)
+    assert all(match_name(name, pattern) for name in among)
+    part = of[0][:first]
+    found = patterns_for(part, among)
+    assert [name for name in among if any(match_name(name, pattern) for pattern in found)] == part
