@@ -88,8 +88,8 @@ _TWO_QUANTIZERS = (
     "('re:.*experts.*'), or remove it and use attention_scheme and dense_scheme."
 )
 _QUANTIZED_BEFORE = (
-    "... modules, ... among them, are quantized by another modifier of the recipe; let only one of them target "
-    "these modules (targets, ignore)."
+    "... modules, ... among them, are quantized already, by an earlier modifier of the recipe or before it: let "
+    "only one modifier target them (targets, ignore), and start from a model that is not quantized."
 )
 _SCALES_FOR_UNKNOWN = (
     "AWQModifier searches its scales for schemes that RouterAwareQuantModifier chooses only when it runs; "

@@ -452,6 +452,16 @@ def test_a_family_that_cannot_be_served(directory: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_family_that_must_be_quantized_whole(directory: Path, tmp_path: Path) -> None:
+    base = support.saved("llama4_text", directory)
+    every = "vLLM 0.32 expects .*quantize the experts of all layers, or set servable=False"
+    for fields, message in (
+        ({"schemes": ["W4A16", "UNQUANTIZED"]}, f"schemes: UNQUANTIZED beside W4A16 .*{every}"),
+        ({"ignore": [r"re:.*layers\.1\..*experts.*"]}, f"ignore: layers left out .*{every}"),
+    ):
+        refused(Watched(support.load(base)), Quant(target_bits=16, **fields, **G32), message, tmp_path)
+
+
 def test_experts_apart_are_warned_of(mixtral: Watched, warnings: list[str]) -> None:
     support.trim(mixtral.model, Quant(target_bits=7, granularity="expert", **G32, **NO_DATA), no_data=True)
     assert any("granularity='expert': vLLM cannot serve" in text for text in warnings)

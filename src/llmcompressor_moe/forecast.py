@@ -169,7 +169,7 @@ def _slim(directory: str, name: str, modifier: RouterAwareQuantModifier) -> Step
     inspection = inspect_model(directory, modifier.schemes, modifier.group_size)
     if modifier.servable and modifier.granularity == "layer":
         candidates = resolve_schemes(modifier.schemes, modifier.group_size, "schemes")
-        check_servable(inspection.model_type, candidates)
+        check_servable(inspection.model_type, candidates, all_layers=True)
     refused = [f"{size.scheme}: {size.refused}" for size in inspection.schemes if size.refused]
     if refused:
         raise ForecastError(f"{name}: {'; '.join(refused)}.")

@@ -150,7 +150,8 @@ class RouterAwareQuantModifier(MoEModifier):
         if self._router_scheme is not None:
             check_routers(session, self._router_scheme)
         if self.servable and self.granularity == "layer":
-            refusals.check_servable(session.topology.model_type, self._asked.candidates)
+            whole = set(planner.experts) == set(session.layers)
+            refusals.check_servable(session.topology.model_type, self._asked.candidates, whole)
         reason = wrong_mappings(session.topology.model_type, "AWQModifier")
         if self.algorithm == "awq" and reason is not None:
             raise ValueError(

@@ -12,7 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.families import exception_for
-from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible, why_vllm_cannot_serve
+from llmcompressor_moe.quantization.schemes import (
+    UNQUANTIZED,
+    Candidate,
+    why_not_divisible,
+    why_vllm_cannot_serve,
+)
 
 __all__ = ["check_not_quantized", "check_others", "check_servable", "check_shapes"]
 
@@ -81,17 +86,27 @@ def check_shapes(linears: Mapping[str, nn.Linear], candidates: Sequence[Candidat
                 raise ValueError(f"{field}: {candidate.name} cannot quantize {name}: {reason}.")
 
 
-def check_servable(model_type: str, candidates: Sequence[Candidate]) -> None:
+def check_servable(model_type: str, candidates: Sequence[Candidate], all_layers: bool) -> None:
     """Refuse schemes for experts that vLLM cannot serve in this architecture.
 
+    :param all_layers: whether no MoE layer is left out
     :raises ValueError: names the scheme and the reason
     """
     way_out = "choose another scheme, or set servable=False for a checkpoint that only transformers runs"
+    exception = exception_for(model_type)
     for candidate in candidates:
         reason = why_vllm_cannot_serve(candidate.scheme)
-        family = exception_for(model_type).refuse_quantized_experts if candidate.scheme else None
+        family = exception.refuse_quantized_experts if candidate.scheme else None
         if reason or family:
             raise ValueError(
                 f"schemes: vLLM cannot serve experts of {model_type!r} in {candidate.name}: {reason or family}; "
                 f"{way_out}."
             )
+    quantized = [candidate.name for candidate in candidates if candidate.scheme]
+    plain = not all_layers or len(quantized) < len(candidates)
+    if exception.refuse_partly_quantized and quantized and plain:
+        what = f"schemes: {UNQUANTIZED} beside {quantized[0]}" if all_layers else "ignore: layers left out"
+        raise ValueError(
+            f"{what} cannot be served for {model_type!r}: {exception.refuse_partly_quantized}; quantize the "
+            "experts of all layers, or set servable=False for a checkpoint that only transformers runs."
+        )
