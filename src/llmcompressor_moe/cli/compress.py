@@ -44,12 +44,7 @@ def compress(
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
 ) -> None:
-    """Apply a recipe to a model and write the smaller
-    checkpoint
-    with
-    its
-    tokenizer,
-    checked.
+    """Apply a recipe to a model and write the smaller checkpoint, with its tokenizer, checked.
 
     Exit code 0: written; 1: the result would not be legal to serve; 2: something has to be changed first.
     Nothing is written then.
