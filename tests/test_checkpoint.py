@@ -233,7 +233,7 @@ def test_recipe_as_yaml(mixtral: Path, tmp_path: Path) -> None:
     assert len([s for s in text_of(out)["per_layer_config"].values() if s.get("skip")]) == 1
 
 
-def _fail(*_: Any) -> None:
+def _fail(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 

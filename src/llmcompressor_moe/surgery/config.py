@@ -41,7 +41,7 @@ def keep_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     config = text_config(config)
     count_name = config.attribute_map.get(_BLOCK_COUNT, _BLOCK_COUNT)
     old_count = getattr(config, count_name)
-    overrides = per_layer_overrides(config)
+    overrides, alike = per_layer_overrides(config), _says_that_none_differs(config)
     config.per_layer_config = None
     new_index = {old: new for new, old in enumerate(kept)}
     moe_indices = _periodic_moe_layers(config)
@@ -57,7 +57,7 @@ def keep_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> None:
         config.mlp_only_layers = [new for old, new in new_index.items() if old not in moe_indices]
     setattr(config, count_name, len(kept))
     moved = {new_index[old]: layer for old, layer in overrides.items() if old in new_index}
-    if moved:
+    if moved or alike:
         config.per_layer_config = moved
 
 
@@ -91,6 +91,14 @@ def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     return {index: dict(layer) for index, layer in spec.per_layer_overrides.items()} if spec else {}
 
 
+def _says_that_none_differs(config: PreTrainedConfig) -> bool:
+    """Whether ``per_layer_config`` is there and empty: without it some classes (Gemma 4) derive differences from
+    older fields.
+    """
+    spec = config.__dict__.get("_heterogeneity_spec")
+    return spec is not None and not spec.per_layer_overrides
+
+
 def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | None]) -> None:
     """Write expert counts and skipped MoE layers into the text config, in place.
 
@@ -104,7 +112,7 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
     """
     config = text_config(config)
     names = expert_count_attributes(config)
-    overrides = per_layer_overrides(config)
+    overrides, alike = per_layer_overrides(config), _says_that_none_differs(config)
     config.per_layer_config = None
     for layer in overrides.values():
         layer.pop("skip", None)
@@ -119,8 +127,9 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
             if count == 0:
                 layer["skip"] = ["mlp"]
     overrides = {index: layer for index, layer in sorted(overrides.items()) if layer}
-    if overrides:
+    if overrides or alike:
         config.per_layer_config = overrides
+    if overrides:
         # The rest of a loaded model (load balancing, generation) may read the global value.
         allow_global_access(config)
 
