@@ -2,6 +2,9 @@
 
     python -m llmcompressor_moe.demo.train --cache /tmp/text --output build/demo
 
+`--kind shared` and `--kind fine` train smaller siblings of other families on the same text, on which forecasts are
+tested; they are not bundled.
+
 One CPU thread suffices. Needs pip, npm and apt-get (for text) on the PATH, and no GPU. Writes
 `model/` (bfloat16 weights, config, tokenizer), `text/calibration.txt`, `text/heldout.txt`, `training.json`
 (settings and measurements) and `training.jsonl` (the loss curve) below the output folder.
@@ -15,13 +18,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llmcompressor_moe.demo import corpus
@@ -29,7 +40,8 @@ from llmcompressor_moe.evaluation import perplexity
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
-Save = Callable[[MixtralForCausalLM], None]
+Save = Callable[[PreTrainedModel], None]
+Kinds = Literal["demo", "shared", "fine"]
 
 
 @dataclass(frozen=True)
@@ -51,39 +63,66 @@ class Recipe:
     balance: float = 0.02
 
 
-def model_config(recipe: Recipe) -> MixtralConfig:
-    """Return the shape: 8 blocks x 8 experts, top-2, widths divisible by a quantization group of 128."""
+def model_config(recipe: Recipe, kind: Kinds = "demo") -> PreTrainedConfig:
+    """Return the shape, widths divisible by a quantization group of 128.
+
+    demo: Mixtral, 8 blocks x 8 experts, top-2. shared: Qwen2-MoE, 6 blocks x 8 experts, top-2, and a shared expert
+    in each. fine: OLMoE, 6 blocks x 16 experts, top-4.
+    """
+    common: dict[str, Any] = {
+        "vocab_size": recipe.vocab_size,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 10_000.0,
+        "initializer_range": 0.05,
+        "router_aux_loss_coef": recipe.balance,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind == "shared":
+        return Qwen2MoeConfig(
+            **common,
+            intermediate_size=256,
+            moe_intermediate_size=128,
+            shared_expert_intermediate_size=128,
+            num_hidden_layers=6,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+        )
+    if kind == "fine":
+        return OlmoeConfig(
+            **common,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_experts=16,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+        )
     return MixtralConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=128,
+        **common,
         intermediate_size=128,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         num_local_experts=8,
         num_experts_per_tok=2,
-        max_position_embeddings=512,
-        rope_theta=10_000.0,
-        initializer_range=0.05,
         router_jitter_noise=0.0,
-        router_aux_loss_coef=recipe.balance,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
 
 
 @torch.no_grad()
-def build_model(recipe: Recipe) -> MixtralForCausalLM:
+def build_model(recipe: Recipe, kind: Kinds = "demo") -> PreTrainedModel:
     """Return the untrained model, started so that every block adds little to what it receives at first.
 
     With transformers' own start (everything at one scale) the blocks drown the embeddings: after 200 steps
     the loss was 5.8 instead of 4.7.
     """
     torch.manual_seed(recipe.seed)
-    model = MixtralForCausalLM(model_config(recipe))
+    model = AutoModelForCausalLM.from_config(model_config(recipe, kind), dtype=torch.float32)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
@@ -157,20 +196,24 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * cosine
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], config: MixtralConfig) -> Tensor:
+def balance_loss(router_logits: tuple[Tensor, ...], config: PreTrainedConfig) -> Tensor:
     """Return the load-balancing loss of Switch Transformers (Fedus et al. 2021, eq. 4), averaged over layers.
 
     transformers pools all layers before it counts, which lets an expert starve in one layer as long as its
     namesakes in others are busy. Here every layer is balanced by itself.
     """
     losses = [
-        load_balancing_loss_func((logits,), config.num_local_experts, config.num_experts_per_tok)
+        load_balancing_loss_func((logits,), _experts(config), config.num_experts_per_tok)
         for logits in router_logits
     ]
     return torch.stack(losses).mean()
 
 
-def optimizer_for(model: MixtralForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+def _experts(config: PreTrainedConfig) -> int:
+    return getattr(config, "num_local_experts", None) or config.num_experts
+
+
+def optimizer_for(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
     """Return AdamW that decays matrices only (neither norms nor embeddings)."""
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
@@ -182,7 +225,7 @@ def optimizer_for(model: MixtralForCausalLM, recipe: Recipe) -> torch.optim.Opti
 
 
 def train(
-    model: MixtralForCausalLM, stream: Tensor, heldout: Tensor, recipe: Recipe, save_every: int, save: Save
+    model: PreTrainedModel, stream: Tensor, heldout: Tensor, recipe: Recipe, save_every: int, save: Save
 ) -> list[dict]:
     """Train in place; return the log: step, seconds, loss, balance, and held-out perplexity when saved."""
     optimizer = optimizer_for(model, recipe)
@@ -235,12 +278,12 @@ def bigram_perplexity(stream: Tensor, heldout: Tensor, vocab_size: int, prior: f
 
 
 @torch.no_grad()
-def expert_load(model: MixtralForCausalLM, rows: Tensor) -> list[list[float]]:
+def expert_load(model: PreTrainedModel, rows: Tensor) -> list[list[float]]:
     """Return, per layer, the share of routed (token, slot) pairs that each expert gets."""
     config = model.config
     logits = model(input_ids=rows, output_router_logits=True, use_cache=False).router_logits
     chosen = [layer.topk(config.num_experts_per_tok, dim=-1).indices.flatten() for layer in logits]
-    counts = [torch.bincount(layer, minlength=config.num_local_experts) for layer in chosen]
+    counts = [torch.bincount(layer, minlength=_experts(config)) for layer in chosen]
     return [[round(share, 4) for share in (count / count.sum()).tolist()] for count in counts]
 
 
@@ -253,7 +296,7 @@ def write_texts(documents: list[corpus.Document], path: Path) -> None:
 
 
 def measure(
-    model: MixtralForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: dict[str, corpus.Splits],
     recipe: Recipe,
@@ -277,6 +320,7 @@ def measure(
 def main(
     cache: Annotated[Path, typer.Option(help="Folder for the fetched packages; reused when they are there.")],
     output: Annotated[Path, typer.Option(help="Folder to write the model, the texts and the log to.")],
+    kind: Annotated[Kinds, typer.Option(help="demo, or a sibling: shared, fine.")] = "demo",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints, a multiple of 50.")] = 200,
@@ -292,7 +336,7 @@ def main(
     for use in ("calibration", "heldout"):
         write_texts(parts[use], output / "text" / f"{use}.txt")
 
-    model = build_model(recipe)
+    model = build_model(recipe, kind)
     prose = chain.from_iterable(map(corpus.passages, parts["train"]))
     tokenizer = train_tokenizer(prose, recipe.vocab_size, model.config.max_position_embeddings)
     tokenizer.save_pretrained(output / "model")
@@ -308,11 +352,11 @@ def main(
     }
     print(json.dumps(facts), flush=True)
 
-    def save(trained: MixtralForCausalLM) -> None:
+    def save(trained: PreTrainedModel) -> None:
         copy.deepcopy(trained).to(torch.bfloat16).save_pretrained(output / "model")
 
     log = train(model, stream, heldout, recipe, save_every, save)
-    saved = MixtralForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
     report = {**facts, **measure(saved, tokenizer, texts, recipe)}
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
