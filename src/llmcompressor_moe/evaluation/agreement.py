@@ -1,0 +1,221 @@
+"""How much a compressed model says the same as its base model, token by token.
+
+The two need never be in memory together, nor the logits of either: the base's are written to a file first, and
+read window by window while the compressed model answers the same windows. One recording serves any number of
+compressed models.
+
+The file takes tokens * vocabulary * bytes per logit (2 in bfloat16): 16,384 tokens with Mixtral's vocabulary of
+32,000 take 1.0 GiB, with Qwen3's of 151,936 4.6 GiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from tqdm import tqdm
+
+from llmcompressor_moe.evaluation.likelihood import evaluation_mode, require_finite, window_logits
+from llmcompressor_moe.evaluation.windows import (
+    Document,
+    Texts,
+    Window,
+    batches,
+    check_fits,
+    choose_windows,
+    tokenized,
+    vocabulary_size,
+)
+from llmcompressor_moe.sizes import bytes_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Agreement", "BaseLogits", "agreement", "recorded_base"]
+
+# Rows of logits that are in float64 at a time; three such blocks of 150,000 tokens each take 0.5 GB.
+_ROWS = 128
+
+
+class Agreement(BaseModel):
+    """How much a model says the same as its base. KL is KL(base || model) of the next token, in nats.
+
+    :param tokens: predictions compared
+    :param vocabulary: tokens that each is a distribution over
+    :param length: tokens per window, at most
+    :param stride: tokens that each window after a document's first predicts
+    :param mean_kl: mean over predictions
+    :param median_kl: half of the predictions have less; quantiles interpolate between neighbours
+    :param kl_90: 90 % of the predictions have less
+    :param kl_99: 99 % of the predictions have less
+    :param top1_agreement: share of predictions whose most probable token is the base's
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: int
+    vocabulary: int
+    length: int
+    stride: int
+    mean_kl: float
+    median_kl: float
+    kl_90: float
+    kl_99: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class BaseLogits:
+    """A base model's logits on windows of text.
+
+    :param batches: windows as they were fed, of equal shape within a batch
+    :param values: [predictions in the order of ``batches``, vocabulary] in the model's dtype, mapped from a file
+    """
+
+    documents: list[Document]
+    batches: list[list[Window]]
+    length: int
+    stride: int
+    values: Tensor
+
+
+@contextlib.contextmanager
+def recorded_base(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    length: int | None = None,
+    stride: int | None = None,
+    *,
+    batch_size: int = 1,
+    running_text: bool = False,
+    directory: str | Path | None = None,
+) -> Iterator[BaseLogits]:
+    """Run the base model on texts and keep its logits in a temporary file while the context is open.
+
+    They keep the dtype that the model gives them in, so nothing is lost. The model is not needed afterwards.
+
+    Example::
+
+        with recorded_base(base, tokenizer, texts) as recording:
+            del base
+            result = agreement(recording, load_compressed())
+
+    :param texts: as `text.text_quality` takes them, and so are ``length``, ``stride``, ``batch_size`` and
+        ``running_text``
+    :param directory: where the file goes; None for the system's temporary directory
+    :raises ValueError: as `text.text_quality` does; ``directory`` is no folder or has no room for
+        the file (names its size)
+    :raises FloatingPointError: logits are NaN or infinite; names the window
+    """
+    if directory is not None and not Path(directory).is_dir():
+        raise ValueError(
+            f"directory is {str(directory)!r}, which is no folder; name one with room for the logits"
+        )
+    documents = tokenized(tokenizer, texts, running_text=running_text)
+    length, stride, found = choose_windows(base, documents, length, stride)
+    grouped = batches(found, batch_size)
+    rows = sum(window.scored for window in found)
+    with tempfile.TemporaryDirectory(prefix="base-logits-", dir=directory) as folder:
+        values: Tensor | None = None
+        done = 0
+        with evaluation_mode(base):
+            for batch in tqdm(grouped, desc="Base model", leave=False):
+                logits = window_logits(base, documents, batch)[0].flatten(0, 1)
+                if values is None:
+                    values = _mapped(Path(folder, "logits"), (rows, logits.shape[1]), logits.dtype)
+                values[done : done + len(logits)] = logits.cpu()
+                done += len(logits)
+        assert values is not None
+        yield BaseLogits(documents, grouped, length, stride, values)
+
+
+def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
+    """Let a model answer the windows that its base answered, and compare the distributions.
+
+    Softmax and sums are taken in float64 from the logits as the models give them.
+
+    :raises ValueError: the vocabularies differ in size, or the model has fewer positions than the windows
+    :raises FloatingPointError: logits are NaN or infinite, or a token that the base may say has probability
+        zero; names the window
+    """
+    vocabulary = recording.values.shape[1]
+    _same_vocabulary(vocabulary, vocabulary_size(model))
+    check_fits(model, recording.documents, recording.length)
+    divergences: list[Tensor] = []
+    same = done = 0
+    with evaluation_mode(model):
+        for batch in tqdm(recording.batches, desc="Agreement", leave=False):
+            logits, targets = window_logits(model, recording.documents, batch)
+            flat = logits.flatten(0, 1)
+            _same_vocabulary(vocabulary, flat.shape[1])
+            base = recording.values[done : done + len(flat)].to(flat.device)
+            done += len(flat)
+            found = torch.cat(
+                [
+                    kl_divergence(ours, theirs)
+                    for ours, theirs in zip(base.split(_ROWS), flat.split(_ROWS), strict=True)
+                ]
+            )
+            require_finite(
+                found.view(targets.shape), batch, "the KL divergence from the base model is infinite"
+            )
+            divergences.append(found.cpu())
+            same += int((base.argmax(-1) == flat.argmax(-1)).sum())
+    every = torch.cat(divergences)
+    median, high, highest = torch.quantile(every, torch.tensor([0.5, 0.9, 0.99], dtype=every.dtype)).tolist()
+    return Agreement(
+        tokens=done,
+        vocabulary=vocabulary,
+        length=recording.length,
+        stride=recording.stride,
+        mean_kl=every.mean().item(),
+        median_kl=median,
+        kl_90=high,
+        kl_99=highest,
+        top1_agreement=same / done,
+    )
+
+
+def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(base || other) = sum p log(p / q) per row, in nats and float64 (Kullback and Leibler, 1951).
+
+    :param base: logits, [rows, vocabulary]; -inf is probability zero
+    :param other: the same of the other distribution
+    """
+    log_p, log_q = base.double().log_softmax(-1), other.double().log_softmax(-1)
+    p = log_p.exp()
+    # p log p is 0 at p = 0; and a rounding error must not make a divergence negative
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)
+
+
+def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    count = shape[0] * shape[1]
+    nbytes = count * dtype.itemsize
+    try:
+        with path.open("wb") as file:
+            # Reserved, not only sized: a full disk would kill the process while it writes to the mapping.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        raise ValueError(
+            f"the base model's logits ({shape[0]} tokens, vocabulary of {shape[1]}) take {bytes_text(nbytes)}, "
+            f"for which {str(path.parent.parent)!r} has no room ({error.strerror}); name another directory or "
+            "give fewer texts"
+        ) from error
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+
+
+def _same_vocabulary(base: int, other: int | None) -> None:
+    if other is not None and base != other:
+        raise ValueError(
+            f"the base model has a vocabulary of {base} tokens, the other model one of {other}; compare a model "
+            "with the one that it was made from"
+        )
