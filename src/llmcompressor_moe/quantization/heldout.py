@@ -16,8 +16,7 @@ from torch import nn
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
 from llmcompressor_moe.profile.samples import LayerSample, collect_samples
-from llmcompressor_moe.quantization.fidelity import restricted, routing_fidelity
-from llmcompressor_moe.quantization.report import RoutingFidelity
+from llmcompressor_moe.routing.fidelity import RoutingFidelity, restricted, routing_fidelity
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["Reference", "judge", "observe_reference", "split_held_out"]

@@ -8,30 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompressor_moe.report import ModifierReport
+from llmcompressor_moe.routing.fidelity import RoutingFidelity
 
-__all__ = ["LayerPlan", "QuantReport", "RoutingFidelity"]
-
-
-class RoutingFidelity(BaseModel):
-    """One router before and after quantization, on the same held-out tokens.
-
-    :param top_k_overlap: mean share of a token's experts that are chosen again
-    :param router_kl: mean over tokens of KL(before || after) of the router's probabilities, in nats; None where
-        the router gives none
-    :param load_change: half the sum over experts of the change in their share of all choices (0 to 1)
-    :param load_cv_before: coefficient of variation of the experts' load
-    :param dead_before: experts that no held-out token chose
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    top_k_overlap: float
-    router_kl: float | None
-    load_change: float
-    load_cv_before: float
-    load_cv_after: float
-    dead_before: int
-    dead_after: int
+__all__ = ["LayerPlan", "QuantReport"]
 
 
 class LayerPlan(BaseModel):

@@ -13,8 +13,8 @@ from llmcompressor.modifiers.quantization.calibration import initialize_observer
 from torch import nn
 
 from llmcompressor_moe.profile.routing import trace_routing
-from llmcompressor_moe.quantization.fidelity import routing_fidelity
 from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
+from llmcompressor_moe.routing.fidelity import routing_fidelity
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["check_routers", "guard_routers", "restore_routers", "round_routers"]

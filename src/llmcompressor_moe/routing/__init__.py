@@ -1,0 +1,1 @@
+"""What routers decided, compared."""
