@@ -16,6 +16,7 @@ from llmcompressor_moe.modifiers.composition import join_recipe
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
 from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.finish import finish
+from llmcompressor_moe.saving.save import remember_earlier_reports
 from llmcompressor_moe.surgery.session import TrimSession
 
 __all__ = ["MoEModifier", "modifiers_after", "modifiers_before", "recipe_modifiers"]
@@ -78,6 +79,7 @@ class MoEModifier(Modifier):
         self._later = modifiers_after(self)
         first = next((other for other in _ours(self) if other._session is not None), None)
         self._session = first._session if first else TrimSession.begin(state.model)
+        remember_earlier_reports(state.model)
         _check_writable(self.report_path)
         join_recipe(recipe_modifiers(), state)
         return self._session

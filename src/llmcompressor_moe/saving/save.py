@@ -20,7 +20,13 @@ from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.repack import has_quantized_experts
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["HISTORY_FILE", "is_research_only", "save_says_what_it_is"]
+__all__ = [
+    "HISTORY_FILE",
+    "is_research_only",
+    "remember_earlier_reports",
+    "save_says_what_it_is",
+    "saved_reports",
+]
 
 HISTORY_FILE = "trimming.json"
 
@@ -57,6 +63,35 @@ def is_research_only(model: PreTrainedModel) -> bool:
     return getattr(model, "_research_only", False)
 
 
+def saved_reports(checkpoint: str | Path) -> list[dict[str, Any]]:
+    """The reports of all that was done to a checkpoint before, oldest first; empty where it has none.
+
+    :param checkpoint: its directory
+    :raises ValueError: the file is not such a list
+    """
+    path = Path(checkpoint) / HISTORY_FILE
+    if not checkpoint or not path.is_file():
+        return []
+    try:
+        reports = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); write the checkpoint anew.") from error
+    if not isinstance(reports, list) or not all(isinstance(report, dict) for report in reports):
+        raise ValueError(f"{path} must hold a list of reports; write the checkpoint anew.")
+    return reports
+
+
+def remember_earlier_reports(model: PreTrainedModel) -> None:
+    """Read what was done to the checkpoint that a model was loaded from, for the history of the one it becomes.
+
+    Before any work, because that checkpoint may be overwritten in the end.
+
+    :raises ValueError: its history cannot be read
+    """
+    if not hasattr(model, "_earlier_reports"):
+        model._earlier_reports = saved_reports(model.config._name_or_path or "")
+
+
 def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: ConfigChanges) -> None:
     """Everything that a checkpoint of a trimmed model needs beyond what llm-compressor wrote."""
     names = expert_names(text_config(model.config).model_type)
@@ -64,7 +99,7 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
         rename_tensors(directory, names.apply)
     write_config_changes(model, directory, changes, names)
     history = getattr(model, "_trim_history", [])
-    dump = [report.model_dump(mode="json") for report in history]
+    dump = [*getattr(model, "_earlier_reports", []), *(report.model_dump(mode="json") for report in history)]
     (directory / HISTORY_FILE).write_text(json.dumps(dump, indent=2) + "\n")
     recipe = directory / "recipe.yaml"
     write_model_card(
