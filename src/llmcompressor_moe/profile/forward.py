@@ -103,7 +103,9 @@ def run_batches(
 
 def _quantize_if_calibrated(module: torch.nn.Module) -> None:
     """Modules of a modifier that comes later in the recipe have a scheme by now, but no scales."""
-    calibrated = getattr(module, "quantization_status", None) == QuantizationStatus.FROZEN
+    status = getattr(module, "quantization_status", None)
+    # Frozen when calibrated, compressed when loaded.
+    calibrated = status is not None and status >= QuantizationStatus.FROZEN
     (enable_quantization if calibrated else disable_quantization)(module)
 
 

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.profile.observing import RoutedObserver, observe_batches
+from llmcompressor_moe.profile.observing import (
+    Observer,
+    RoutedObserver,
+    hidden_argument,
+    observe_batches,
+)
 from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
 from llmcompressor_moe.topology import Block, Topology
 
@@ -40,8 +46,20 @@ class _RoutingObserver(RoutedObserver):
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
-        super().attach()
-        return [self._router.register_forward_hook(self._after_router)] if self._router is not None else []
+        if isinstance(self._experts, LinearExperts2D):
+            handles = super().attach()
+        else:
+            # Fused experts run as they are: what was chosen is among their arguments.
+            handles = [self._experts.register_forward_pre_hook(self._before_experts, with_kwargs=True)]
+        if self._router is not None:
+            handles.append(self._router.register_forward_hook(self._after_router))
+        return handles
+
+    def __exit__(self, *exc: object) -> None:
+        if isinstance(self._experts, LinearExperts2D):
+            super().__exit__(*exc)
+        else:
+            Observer.__exit__(self, *exc)
 
     def on_routing(self, chosen: torch.Tensor) -> None:
         """Keep the choice."""
@@ -54,6 +72,14 @@ class _RoutingObserver(RoutedObserver):
         return RouterTrace(
             chosen, together if together is not None and len(together) == len(chosen) else None
         )
+
+    def _before_experts(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_argument(args, kwargs)
+        index = args[1] if len(args) > 1 else kwargs.get("top_k_index")
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        tokens = len(flat) if index is not None else len(flat) // self._count
+        chosen, keep = self._choice(flat, index, tokens), self.kept(tokens)
+        self.on_routing(chosen if keep is None else chosen[keep.to(chosen.device)])
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         logits = router_logits(output, self._count)
@@ -73,6 +99,8 @@ def trace_routing(
     quantized: bool = False,
 ) -> dict[int, RouterTrace]:
     """Run ``model`` once over ``batches`` and keep what its routers decide.
+
+    Its experts may be linearized or fused.
 
     :param skip_layers: MoE layers that do not run any more
     :param quantized: run quantized modules as they will be served
