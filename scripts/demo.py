@@ -7,14 +7,16 @@ quantization are made as well, and that checkpoint is what vLLM serves here.
 """
 
 import json
+import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+# The model's matrices are 128 wide: more threads would only wait for each other, here and in vLLM.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import yaml
@@ -28,22 +30,15 @@ from llmcompressor_moe.cli.logs import logs
 from llmcompressor_moe.compression import CompressionSummary, compress
 from llmcompressor_moe.demo import DEMO_MODEL, heldout_rows
 from llmcompressor_moe.evaluation import perplexity
+from llmcompressor_moe.evaluation.speed import SpeedSettings, measure_vllm
+from llmcompressor_moe.evaluation.vllm_engine import VllmProcess
 from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.sizes import bytes_text, count_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-VLLM_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-PROMPTS, PROMPT_LENGTH, NEW_TOKENS, REPEATS, ROUNDS = 16, 32, 128, 4, 2
+PROMPTS, PROMPT_LENGTH, NEW_TOKENS, ROUNDS = 16, 32, 128, 8
 
 
 @dataclass
@@ -52,7 +47,7 @@ class Column:
 
     :param perplexity: held-out text, transformers
     :param served_perplexity: the same in vLLM
-    :param tokens_per_second: generated in vLLM
+    :param tokens_per_second: generated in vLLM, the time for the prompts counted
     """
 
     name: str
@@ -106,31 +101,21 @@ def measure(name: str, path: Path, rows: torch.Tensor) -> Column:
     )
 
 
-def serve(models: Sequence[Path], rows: torch.Tensor, folder: Path) -> list[dict]:
-    """Measure checkpoints in vLLM, in its own environment.
+def serve(models: Sequence[Path], columns: Sequence[Column], rows: torch.Tensor) -> None:
+    """Measure checkpoints in vLLM, in its own environment, and fill their columns.
 
-    :raises RuntimeError: vLLM failed; with the end of its log
+    :raises VllmError: vLLM failed; with the end of its log
     """
-    request, results, log = folder / "request.json", folder / "results.json", folder / "vllm.log"
-    results.unlink(missing_ok=True)
-    request.write_text(
-        json.dumps(
-            {
-                "models": [str(model) for model in models],
-                "rows": rows.tolist(),
-                "prompts": rows[:PROMPTS, :PROMPT_LENGTH].tolist(),
-                "new_tokens": NEW_TOKENS,
-                "repeats": REPEATS,
-                "rounds": ROUNDS,
-            }
-        )
+    for model, column in zip(models, columns, strict=True):
+        room = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_memory_bytes": 2**28}
+        with VllmProcess(model, VLLM_PYTHON, room) as engine:
+            column.served_perplexity = math.exp(engine.negative_log_likelihood(rows.tolist()))
+    settings = SpeedSettings(
+        batch_sizes=(PROMPTS,), prompt_lengths=(PROMPT_LENGTH,), new_tokens=NEW_TOKENS, rounds=ROUNDS
     )
-    with log.open("w") as out:
-        command = [VLLM_PYTHON, Path(__file__).with_name("measure_vllm.py"), request, results]
-        code = subprocess.run(command, env=os.environ | VLLM_ENVIRONMENT, stdout=out, stderr=out).returncode
-    if code:
-        raise RuntimeError(f"vLLM ended with code {code}; the end of {log}:\n{log.read_text()[-4000:]}")
-    return json.loads(results.read_text())
+    latencies = measure_vllm(models, settings, python=VLLM_PYTHON, prompts=rows)
+    for latency, column in zip(latencies, columns, strict=True):
+        column.tokens_per_second = latency.tokens_per_second.median
 
 
 def table(columns: Sequence[Column]) -> Table:
@@ -159,7 +144,6 @@ def _or_dash(value: float | None, form: str) -> str:
 def main(output: Path) -> None:
     """Everything, in order."""
     console = Console()
-    # The model's matrices are 128 wide: more threads would only wait for each other.
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     quantized, unquantized = output / "drops-w4a16", output / "drops"
@@ -174,10 +158,7 @@ def main(output: Path) -> None:
     with logs(verbose=False):
         columns = [measure(name, path, rows) for name, path in named]
     console.rule("serve with vLLM (two minutes)", align="left")
-    served = serve([DEMO_MODEL, unquantized], rows, output)
-    for column, result in zip(columns, served, strict=False):
-        column.served_perplexity = result["perplexity"]
-        column.tokens_per_second = result["tokens_per_second"]
+    serve([DEMO_MODEL, unquantized], columns[:2], rows)
     console.print(table(columns))
     console.print(
         "- : most CPUs have no kernel for quantized experts; vLLM serves that checkpoint on GPUs.",
