@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEMO", "CalibrationDataError", "calibration_samples"]
+__all__ = ["DEMO", "CalibrationDataError", "calibration_samples", "documents"]
 
 DEMO = "demo"
 _TEXT, _IDS = "text", "input_ids"
@@ -44,7 +44,7 @@ def calibration_samples(
     source = str(dataset)
     rows = _tokenized(source, sequence_length)
     if rows is None:
-        rows = token_rows(tokenizer, _documents(source, num_samples), sequence_length)
+        rows = token_rows(tokenizer, documents(source, num_samples), sequence_length)
     if not rows:
         raise CalibrationDataError(
             f"dataset {source!r} holds less than one sample of {sequence_length} tokens; give more text or a "
@@ -55,7 +55,12 @@ def calibration_samples(
     return Dataset.from_dict({_IDS: chosen, "attention_mask": [[1] * len(row) for row in chosen]})
 
 
-def _documents(source: str, num_samples: int) -> list[str]:
+def documents(source: str, num_samples: int) -> list[str]:
+    """Texts from a source; see `calibration_samples`.
+
+    :param num_samples: how much is taken of a dataset that is fetched
+    :raises CalibrationDataError: it is not there, or has no text
+    """
     if source == DEMO:
         return calibration_texts()
     path = Path(source)

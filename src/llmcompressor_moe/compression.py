@@ -8,17 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel, SerializeAsAny
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check import CheckReport, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_write
-from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
+from llmcompressor_moe.loading import load_model, load_tokenizer
 from llmcompressor_moe.recipe_file import read_recipe
 from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.save import is_research_only
@@ -97,7 +96,7 @@ def compress(
     if dataset is None:
         _check_needs_no_data(parsed)
     announce("Preparing tokenizer and calibration data")
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     options: dict[str, Any] = {}
     tokens = 0
     if dataset is not None:
@@ -111,7 +110,7 @@ def compress(
             "shuffle_calibration_samples": False,
         }
     announce("Loading the model")
-    loaded = _load(model, before.architecture, dtype)
+    loaded = load_model(model, dtype, before.architecture)
     announce("Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers))
     loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=str(recipe), pipeline=pipeline, **options)
     announce(f"Saving to {output}")
@@ -172,21 +171,6 @@ def _check_needs_no_data(recipe: Recipe) -> None:
             raise ValueError(
                 f"{type(modifier).__name__} needs calibration data: give a dataset, or {way_out()}."
             )
-
-
-def _tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"model {str(model)!r}: its tokenizer cannot be loaded ({error}); put the tokenizer files beside "
-            "config.json."
-        ) from error
-
-
-def _load(model: str | Path, architecture: str, dtype: str) -> PreTrainedModel:
-    with load_trimmed_moe():
-        return getattr(transformers, architecture).from_pretrained(model, dtype=dtype, local_files_only=True)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path) -> CheckReport:

@@ -1,0 +1,37 @@
+"""Write a file as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_write
+
+__all__ = ["check_can_write_file", "write_text"]
+
+
+def check_can_write_file(path: str | Path) -> None:
+    """Make sure that a file can be written before anything is computed for it.
+
+    :raises OutputDirectoryError: it is a directory, or its folder cannot be written
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise OutputDirectoryError(f"output {str(path)!r} is a directory; name a file.")
+    check_can_write(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a temporary sibling and move it in place, folders included.
+
+    :raises OutputDirectoryError: it cannot be written; what was there before is still there
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputDirectoryError(f"{str(path)!r} cannot be written ({error}).") from error

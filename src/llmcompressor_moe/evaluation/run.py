@@ -1,0 +1,223 @@
+"""Measure a base model once, then any number of models made from it, on the same text."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompressor_moe.demo import token_rows
+from llmcompressor_moe.evaluation.agreement import BaseLogits, agreement, recorded_base
+from llmcompressor_moe.evaluation.communication import DispatchFormat, compare_communication
+from llmcompressor_moe.evaluation.cost import model_cost
+from llmcompressor_moe.evaluation.gate import Figures, Limits, broken_limits
+from llmcompressor_moe.evaluation.history import read_history
+from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
+from llmcompressor_moe.evaluation.routing import RoutingRecord, compare_records, record_routing
+from llmcompressor_moe.evaluation.sources import evaluation_texts
+from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
+from llmcompressor_moe.evaluation.text import text_quality
+from llmcompressor_moe.loading import load_decompressed, load_tokenizer
+
+__all__ = ["BaseRecord", "EvaluationSettings", "evaluate", "evaluate_compressed", "recorded"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how.
+
+    :param source: ``demo`` (the bundled held-out text), a ``.txt`` or ``.jsonl`` file, or a dataset
+    :param max_tokens: text is taken up to so many tokens; whole documents, at least one
+    :param length: tokens per window; None: what is common, see `text.text_quality`
+    :param stride: tokens that a further window predicts
+    :param batch_size: windows per forward
+    :param routing_tokens: tokens on which routers are compared
+    :param contexts: context lengths to give operations and bytes at
+    :param batches: batch sizes to give bytes at
+    :param ranks: expert-parallel group sizes to count all-to-all bytes for
+    :param dispatch_format: how hidden vectors travel in compressed models
+    :param tasks: tasks of lm-eval, by name or YAML file
+    :param include_path: folder with more of them
+    :param limit: items per task
+    :param dtype: of the models while they are measured
+    :param device: where they run; None: an accelerator where there is one
+    :param limits: what compressed models have to keep
+    """
+
+    source: str = "demo"
+    max_tokens: int = 65536
+    length: int | None = None
+    stride: int | None = None
+    batch_size: int = 1
+    routing_tokens: int = 8192
+    contexts: tuple[int, ...] = (1024,)
+    batches: tuple[int, ...] = (1,)
+    ranks: tuple[int, ...] = ()
+    dispatch_format: DispatchFormat = "16-bit"
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What is kept of a base model once it has been measured."""
+
+    settings: EvaluationSettings
+    found: BaseEvaluation
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    logits: BaseLogits
+    routing: RoutingRecord
+
+
+def evaluate(
+    base: str | Path,
+    compressed: Sequence[str | Path],
+    settings: EvaluationSettings | None = None,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Evaluation:
+    """Measure a model and models made from it. One model is in memory at a time.
+
+    :param base: directory of the model that they were made from
+    :param compressed: directories
+    :param announce: told what is being done, step by step
+    :raises ValueError: something is wrong with an argument, the text, a task, or a model; says what would work
+    :raises FloatingPointError: a model gives NaN or infinite logits
+    """
+    settings = settings or EvaluationSettings()
+    with recorded(base, settings, announce) as record:
+        results = [evaluate_compressed(record, path, announce) for path in compressed]
+    return Evaluation(source=settings.source, base=record.found, compressed=results)
+
+
+@contextlib.contextmanager
+def recorded(
+    base: str | Path, settings: EvaluationSettings, announce: Callable[[str], None] = lambda step: None
+) -> Iterator[BaseRecord]:
+    """Measure a base model and keep what models made from it are compared with, in a temporary file.
+
+    :raises ValueError: see `evaluate`
+    """
+    _check(settings)
+    tokenizer = load_tokenizer(base)
+    texts = evaluation_texts(settings.source, tokenizer, settings.max_tokens)
+    cost = model_cost(base, contexts=settings.contexts, batches=settings.batches)
+    announce(f"Base model: {base}")
+    model = _load(base, settings)
+    windows = {"length": settings.length, "stride": settings.stride, "batch_size": settings.batch_size}
+    text = text_quality(model, tokenizer, texts, **windows)
+    with recorded_base(model, tokenizer, texts, **windows) as logits:
+        routing = record_routing(
+            model, _batches(tokenizer, texts, logits.length), max_tokens=settings.routing_tokens
+        )
+        found = BaseEvaluation(path=str(base), text=text, cost=cost, tasks=_tasks(model, tokenizer, settings))
+        del model
+        gc.collect()
+        yield BaseRecord(settings, found, tokenizer, texts, logits, routing)
+
+
+def evaluate_compressed(
+    record: BaseRecord, path: str | Path, announce: Callable[[str], None] = lambda step: None
+) -> CompressedEvaluation:
+    """Measure one model made from a recorded base.
+
+    :raises ValueError: see `evaluate`
+    """
+    settings = record.settings
+    announce(f"Compressed model: {path}")
+    history, base_history = read_history(path), read_history(record.found.path)
+    cost = model_cost(path, contexts=settings.contexts, batches=settings.batches)
+    model = _load(path, settings)
+    logits = record.logits
+    text = text_quality(
+        model,
+        record.tokenizer,
+        record.texts,
+        length=logits.length,
+        stride=logits.stride,
+        batch_size=settings.batch_size,
+    )
+    agreed = agreement(logits, model)
+    routing = record_routing(
+        model, _batches(record.tokenizer, record.texts, logits.length), max_tokens=settings.routing_tokens
+    )
+    compared = compare_records(record.routing, routing, history, base_history=base_history)
+    figures = Figures(
+        perplexity_increase=text.perplexity / record.found.text.perplexity - 1,
+        kl=agreed.mean_kl,
+        top1_agreement=agreed.top1_agreement,
+        routing_overlap=compared.mean.top_k_overlap_kept if compared.mean else None,
+        replaced=compared.mean.replaced if compared.mean else None,
+    )
+    return CompressedEvaluation(
+        path=str(path),
+        text=text,
+        cost=cost,
+        tasks=_tasks(model, record.tokenizer, settings),
+        agreement=agreed,
+        routing=compared,
+        communication=[
+            compare_communication(
+                record.routing,
+                routing,
+                history,
+                ranks,
+                base_history=base_history,
+                format_after=settings.dispatch_format,
+            )
+            for ranks in settings.ranks
+        ],
+        broken_limits=broken_limits(settings.limits, figures),
+    )
+
+
+def _check(settings: EvaluationSettings) -> None:
+    for name in ("max_tokens", "batch_size", "routing_tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: give at least 1.")
+    if settings.tasks:
+        check_task_options(settings.limit, None, settings.batch_size)
+
+
+def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return nn.Module.to(load_decompressed(path, settings.dtype), device).eval()
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> list[dict[str, torch.Tensor]]:
+    rows = token_rows(tokenizer, list(texts), length)
+    if not rows:
+        raise ValueError(
+            f"the text holds less than one window of {length} tokens; give more text or a smaller length."
+        )
+    return [
+        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        for row in rows
+    ]
+
+
+def _tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+) -> list[TaskScore]:
+    if not settings.tasks:
+        return []
+    return run_tasks(
+        model,
+        tokenizer,
+        list(settings.tasks),
+        include_path=settings.include_path,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+    )
