@@ -1,0 +1,1 @@
+"""Many ways to make one model smaller, each evaluated, from one calibration run."""

@@ -1,0 +1,89 @@
+"""From evidence and a point to what goes and what gets which scheme. No model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llmcompressor_moe.criteria.parts import part_metric
+from llmcompressor_moe.evidence import Evidence
+from llmcompressor_moe.plan import ExpertRoom, experts_to_drop, parts_to_drop
+from llmcompressor_moe.quantization.planning import Budget, choose_schemes
+from llmcompressor_moe.quantization.sizes import StoredSize
+from llmcompressor_moe.sweep.grid import Grid, Point
+
+__all__ = ["Drops", "choose_drops", "choose_precision"]
+
+
+@dataclass(frozen=True)
+class Drops:
+    """What goes, by the base's indices."""
+
+    blocks: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    experts: dict[int, list[int]] = field(default_factory=dict)
+
+
+def choose_drops(evidence: Evidence, grid: Grid, point: Point, rooms: Mapping[int, ExpertRoom]) -> Drops:
+    """Blocks first, then MoE layers of those that are left, then experts of those that are left; all by what was
+    seen of the intact model, as drop modifiers in a row do.
+
+    :param rooms: MoE layer -> what it allows
+    :raises ValueError: nothing would be left, or a layer's floor stands in the way; names the point
+    """
+    try:
+        blocks = _parts(evidence.block_similarity, evidence.block_divergence, grid.block_metric, point.blocks)
+        _leave_one(evidence.blocks - len(blocks), "block")
+        left = [index for index in evidence.layers if index not in blocks]
+        layers = _parts(
+            {index: evidence.layer_similarity[index] for index in left},
+            {index: evidence.layer_divergence[index] for index in left},
+            grid.layer_metric,
+            point.layers,
+        )
+        left = [index for index in left if index not in layers]
+        _leave_one(len(left), "MoE layer")
+        experts = {}
+        if point.experts:
+            scores = {index: evidence.layers[index].scores[grid.criterion] for index in left}
+            experts = experts_to_drop(
+                scores, {index: rooms[index] for index in left}, point.experts, grid.scope
+            )
+    except ValueError as error:
+        raise ValueError(f"{point}: {error}") from error
+    return Drops(blocks, layers, experts)
+
+
+def choose_precision(
+    evidence: Evidence,
+    sizes: Mapping[int, Sequence[Mapping[str, StoredSize]]],
+    kept: Mapping[int, Sequence[int]],
+    bits: float,
+) -> dict[int, str]:
+    """A scheme per MoE layer with the smallest expected error.
+
+    :param sizes: layer -> size of each expert that is left, under each candidate
+    :param kept: layer -> experts that are left, by the base's indices
+    :raises ValueError: fewer bits than the smallest candidate has
+    """
+    errors = {
+        layer: {
+            name: [values[expert] for expert in kept[layer]]
+            for name, values in evidence.layers[layer].errors.items()
+        }
+        for layer in sizes
+    }
+    chosen = choose_schemes(sizes, errors, Budget(bits=bits), per_expert=False)
+    return {layer: names[0] for layer, names in chosen.items()}
+
+
+def _parts(
+    similarity: Mapping[int, float], divergence: Mapping[int, float], metric: str, count: int
+) -> list[int]:
+    scores = similarity if metric == "cosine" else divergence
+    return parts_to_drop(scores, count=count, drop_highest=part_metric(metric).drop_highest) if count else []
+
+
+def _leave_one(left: int, what: str) -> None:
+    if left < 1:
+        raise ValueError(f"no {what} would be left; drop fewer.")
