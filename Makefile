@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE = 1
 MODEL_ENV = .venv/ready
 SERVING_ENV = .venv-vllm/ready
 
-.PHONY: demo test lint fast serving clean
+.PHONY: demo test lint fast serving browser clean
 
 demo: $(MODEL_ENV) $(SERVING_ENV)
 	.venv/bin/python scripts/demo.py
@@ -21,8 +21,11 @@ lint: $(MODEL_ENV)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-fast: $(MODEL_ENV)
+fast: $(MODEL_ENV) browser
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not serving" -n 2
+
+browser:
+	scripts/ensure-browser.sh
 
 serving: $(MODEL_ENV) $(SERVING_ENV)
 	.venv/bin/python -m pytest -q -m serving
