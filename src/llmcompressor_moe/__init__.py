@@ -12,6 +12,7 @@ from llmcompressor_moe.modifiers import (
     ExpertDropModifier,
     ExpertSparsityModifier,
     LayerDropModifier,
+    QualityGateModifier,
     RouterAwareQuantModifier,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "ExpertDropModifier",
     "ExpertSparsityModifier",
     "LayerDropModifier",
+    "QualityGateModifier",
     "RouterAwareQuantModifier",
     "load_trimmed_moe",
 ]
@@ -30,6 +32,7 @@ for _modifier in (
     ExpertDropModifier,
     ExpertSparsityModifier,
     LayerDropModifier,
+    QualityGateModifier,
     RouterAwareQuantModifier,
 ):
     ModifierFactory.register(_modifier.__name__, _modifier)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel, SerializeAsAny
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +18,11 @@ from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check import CheckReport, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_write
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
+from llmcompressor_moe.limits import LimitsBrokenError
 from llmcompressor_moe.loading import load_model, load_tokenizer
 from llmcompressor_moe.recipe_file import read_recipe
 from llmcompressor_moe.report import ModifierReport
-from llmcompressor_moe.saving.save import is_research_only
+from llmcompressor_moe.saving.save import is_research_only, rejected
 
 __all__ = ["DTYPES", "PIPELINES", "CompressionSummary", "compress"]
 
@@ -70,6 +72,7 @@ def compress(
     batch_size: int = 1,
     pipeline: str = "independent",
     dtype: str = "auto",
+    gate: Modifier | None = None,
     announce: Callable[[str], None] = lambda step: None,
 ) -> CompressionSummary:
     """Apply a recipe to a checkpoint directory and write the result with its tokenizer, as a whole or not at
@@ -81,9 +84,12 @@ def compress(
     :param dataset: see `calibration_samples`; None for recipes that need no data
     :param output: directory to write; an earlier checkpoint there is replaced at the very end
     :param sequence_length: tokens per calibration sample
+    :param gate: a `QualityGateModifier` to put at the end of the recipe
     :param announce: told what is being done, step by step
     :raises ValueError: something is wrong with an argument, the recipe, the data or the model; says what
         would work
+    :raises LimitsBrokenError: the result breaks limits; it was written to ``OUTPUT.rejected``, ``output`` is as it
+        was
     :raises OutputDirectoryError: the output cannot be written; it is as it was
     :raises IllegalCheckpointError: the result would not be legal to serve; nothing was written
     """
@@ -112,9 +118,14 @@ def compress(
     announce("Loading the model")
     loaded = load_model(model, dtype, before.architecture)
     announce("Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers))
-    loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=str(recipe), pipeline=pipeline, **options)
-    announce(f"Saving to {output}")
-    check = _save(loaded, tokenizer, output)
+    steps = str(recipe) if gate is None else [*parsed.modifiers, gate]
+    loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=steps, pipeline=pipeline, **options)
+    broken = loaded.__dict__.pop("_broken_limits", [])
+    target = rejected(output) if broken else Path(output)
+    announce(f"Saving to {target}")
+    check = _save(loaded, tokenizer, target)
+    if broken:
+        raise LimitsBrokenError(broken, f"The checkpoint is kept apart in {str(target)!r}.")
     after = inspect_model(output)
     return CompressionSummary(
         model=str(model),

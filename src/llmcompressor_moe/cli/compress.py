@@ -9,11 +9,20 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli.errors import error_line, user_errors
+from llmcompressor_moe.cli.limits import (
+    MaxKl,
+    MaxPerplexityIncrease,
+    MaxReplaced,
+    MinRoutingOverlap,
+    MinTop1Agreement,
+)
 from llmcompressor_moe.report import DropReport, ModifierReport
 from llmcompressor_moe.sizes import bytes_text, count_text
 
 if TYPE_CHECKING:
     from llmcompressor_moe.compression import CompressionSummary
+    from llmcompressor_moe.limits import Limits
+    from llmcompressor_moe.modifiers import QualityGateModifier
 
 NOT_LEGAL = 1
 
@@ -41,21 +50,38 @@ def compress(
         str, typer.Option(help="independent or sequential: see docs/modifiers.md.")
     ] = "independent",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    text: Annotated[
+        str | None,
+        typer.Option("--text", "-t", help="Text that limits are judged on; not the calibration text."),
+    ] = None,
+    max_perplexity_increase: MaxPerplexityIncrease = None,
+    max_kl: MaxKl = None,
+    min_top1_agreement: MinTop1Agreement = None,
+    min_routing_overlap: MinRoutingOverlap = None,
+    max_replaced: MaxReplaced = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
 ) -> None:
     """Apply a recipe to a model and write the smaller checkpoint, with its tokenizer, checked.
 
-    Exit code 0: written; 1: the result would not be legal to serve; 2: something has to be changed first.
-    Nothing is written then.
+    Exit code 0: written; 1: the result would not be legal to serve, or breaks a limit (then it is kept apart in
+    OUTPUT.rejected); 2: something has to be changed first, and nothing is written.
     """
     from llmcompressor_moe.check.report import IllegalCheckpointError
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.compression import compress as run
     from llmcompressor_moe.demo import DEMO_MODEL
+    from llmcompressor_moe.limits import Limits, LimitsBrokenError
 
     steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
+        limits = Limits(
+            max_perplexity_increase=max_perplexity_increase,
+            max_kl=max_kl,
+            min_top1_agreement=min_top1_agreement,
+            min_routing_overlap=min_routing_overlap,
+            max_replaced=max_replaced,
+        )
         try:
             summary = run(
                 model or DEMO_MODEL,
@@ -67,15 +93,26 @@ def compress(
                 batch_size=batch_size,
                 pipeline=pipeline,
                 dtype=dtype,
+                gate=_gate(limits, text),
                 announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
             )
-        except IllegalCheckpointError as error:
+        except (IllegalCheckpointError, LimitsBrokenError) as error:
             steps.print(Text(f"error: {error_line(error)}", style="bold red"))
             raise typer.Exit(NOT_LEGAL) from None
     if json:
         typer.echo(summary.model_dump_json(indent=2))
     else:
         render(summary, Console())
+
+
+def _gate(limits: "Limits", text: str | None) -> "QualityGateModifier | None":
+    from llmcompressor_moe.modifiers import QualityGateModifier
+
+    if limits.any and text is None:
+        raise ValueError("limits need --text, a text to measure on that is not the calibration text.")
+    if not limits.any:
+        return None
+    return QualityGateModifier(text=text, **limits.model_dump(exclude_none=True))
 
 
 def render(summary: "CompressionSummary", console: Console) -> None:

@@ -10,6 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.limits import (
+    MaxKl,
+    MaxPerplexityIncrease,
+    MaxReplaced,
+    MinRoutingOverlap,
+    MinTop1Agreement,
+)
 from llmcompressor_moe.sizes import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -54,23 +61,11 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")
     ] = None,
-    max_perplexity_increase: Annotated[
-        float | None, typer.Option(min=0, help="Limit: share of the base's perplexity, 0.05 for 5 %.")
-    ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Limit: mean KL from the base's output, nats.")
-    ] = None,
-    min_top1_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Limit: share of tokens with the base's first choice.")
-    ] = None,
-    min_routing_overlap: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Limit: share of a token's experts chosen again, of those left."),
-    ] = None,
-    max_replaced: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Limit: share of tokens whose whole set of experts changed."),
-    ] = None,
+    max_perplexity_increase: MaxPerplexityIncrease = None,
+    max_kl: MaxKl = None,
+    min_top1_agreement: MinTop1Agreement = None,
+    min_routing_overlap: MinRoutingOverlap = None,
+    max_replaced: MaxReplaced = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for everything, JSON.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
@@ -81,9 +76,9 @@ def evaluate(
     """
     from llmcompressor_moe.checkpoint.files import check_can_write_file, write_text
     from llmcompressor_moe.cli.logs import logs
-    from llmcompressor_moe.evaluation.gate import Limits
     from llmcompressor_moe.evaluation.run import EvaluationSettings
     from llmcompressor_moe.evaluation.run import evaluate as run
+    from llmcompressor_moe.limits import Limits
 
     steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompressor_moe.demo import token_rows
 from llmcompressor_moe.evaluation.agreement import BaseLogits, agreement, recorded_base
 from llmcompressor_moe.evaluation.communication import DispatchFormat, compare_communication
 from llmcompressor_moe.evaluation.cost import model_cost
-from llmcompressor_moe.evaluation.gate import Figures, Limits, broken_limits
 from llmcompressor_moe.evaluation.history import read_history
+from llmcompressor_moe.evaluation.in_memory import figures, routing_batches
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
 from llmcompressor_moe.evaluation.routing import RoutingRecord, compare_records, record_routing
 from llmcompressor_moe.evaluation.sources import evaluation_texts
 from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
 from llmcompressor_moe.evaluation.text import text_quality
+from llmcompressor_moe.limits import Limits, broken_limits
 from llmcompressor_moe.loading import load_decompressed, load_tokenizer
 
 __all__ = ["BaseRecord", "EvaluationSettings", "evaluate", "evaluate_compressed", "recorded"]
@@ -118,7 +118,9 @@ def recorded(
     text = text_quality(model, tokenizer, texts, **windows)
     with recorded_base(model, tokenizer, texts, **windows) as logits:
         routing = record_routing(
-            model, _batches(tokenizer, texts, logits.length), max_tokens=settings.routing_tokens
+            model,
+            routing_batches(tokenizer, texts, logits.length, asked=settings.length is not None),
+            max_tokens=settings.routing_tokens,
         )
         found = BaseEvaluation(path=str(base), text=text, cost=cost, tasks=_tasks(model, tokenizer, settings))
         del model
@@ -149,16 +151,11 @@ def evaluate_compressed(
     )
     agreed = agreement(logits, model)
     routing = record_routing(
-        model, _batches(record.tokenizer, record.texts, logits.length), max_tokens=settings.routing_tokens
+        model,
+        routing_batches(record.tokenizer, record.texts, logits.length, asked=settings.length is not None),
+        max_tokens=settings.routing_tokens,
     )
     compared = compare_records(record.routing, routing, history, base_history=base_history)
-    figures = Figures(
-        perplexity_increase=text.perplexity / record.found.text.perplexity - 1,
-        kl=agreed.mean_kl,
-        top1_agreement=agreed.top1_agreement,
-        routing_overlap=compared.mean.top_k_overlap_kept if compared.mean else None,
-        replaced=compared.mean.replaced if compared.mean else None,
-    )
     return CompressedEvaluation(
         path=str(path),
         text=text,
@@ -177,7 +174,7 @@ def evaluate_compressed(
             )
             for ranks in settings.ranks
         ],
-        broken_limits=broken_limits(settings.limits, figures),
+        broken_limits=broken_limits(settings.limits, figures(record.found.text, text, agreed, compared)),
     )
 
 
@@ -192,20 +189,6 @@ def _check(settings: EvaluationSettings) -> None:
 def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return nn.Module.to(load_decompressed(path, settings.dtype), device).eval()
-
-
-def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
-) -> list[dict[str, torch.Tensor]]:
-    rows = token_rows(tokenizer, list(texts), length)
-    if not rows:
-        raise ValueError(
-            f"the text holds less than one window of {length} tokens; give more text or a smaller length."
-        )
-    return [
-        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
-        for row in rows
-    ]
 
 
 def _tasks(

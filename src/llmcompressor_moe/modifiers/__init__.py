@@ -4,6 +4,7 @@ from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
 from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
 from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.layer_drop import LayerDropModifier
+from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "ExpertDropModifier",
     "ExpertSparsityModifier",
     "LayerDropModifier",
+    "QualityGateModifier",
     "RouterAwareQuantModifier",
 ]

@@ -28,7 +28,14 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-__all__ = ["batch_mask", "is_offloaded", "run_batches", "run_once", "sum_over_ranks"]
+__all__ = [
+    "batch_mask",
+    "is_offloaded",
+    "quantized_as_calibrated",
+    "run_batches",
+    "run_once",
+    "sum_over_ranks",
+]
 
 Batch = dict[str, Any]
 BatchStart = Callable[[int, Batch], None]
@@ -107,6 +114,19 @@ def _quantize_if_calibrated(module: torch.nn.Module) -> None:
     # Frozen when calibrated, compressed when loaded.
     calibrated = status is not None and status >= QuantizationStatus.FROZEN
     (enable_quantization if calibrated else disable_quantization)(module)
+
+
+@contextlib.contextmanager
+def quantized_as_calibrated(model: torch.nn.Module) -> Iterator[None]:
+    """Let every module run as it will be served: rounded where its scales are known."""
+    states = {module: getattr(module, "quantization_enabled", None) for module in model.modules()}
+    model.apply(_quantize_if_calibrated)
+    try:
+        yield
+    finally:
+        for module, enabled in states.items():
+            if enabled is not None:
+                module.quantization_enabled = enabled
 
 
 def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -14,6 +14,7 @@ from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.config_file import write_config_changes
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
+from llmcompressor_moe.limits import BrokenLimit, LimitsBrokenError
 from llmcompressor_moe.saving.card import write_model_card
 from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
@@ -22,7 +23,10 @@ from llmcompressor_moe.topology import text_config
 
 __all__ = [
     "HISTORY_FILE",
+    "broken_limits_of",
     "is_research_only",
+    "keep_apart",
+    "rejected",
     "remember_earlier_reports",
     "save_says_what_it_is",
     "saved_reports",
@@ -47,15 +51,35 @@ def save_says_what_it_is(model: PreTrainedModel, changes: ConfigChanges) -> None
         if not is_source_process():
             inner(save_directory, *args, **kwargs)
             return
-        with atomic_directory(save_directory) as directory:
+        broken = broken_limits_of(model)
+        target = rejected(save_directory) if broken else Path(save_directory)
+        with atomic_directory(target) as directory:
             inner(str(directory), *args, **kwargs)
             complete_checkpoint(model, directory, changes)
             check_checkpoint(directory).raise_if_errors(research=is_research_only(model))
+        if broken:
+            raise LimitsBrokenError(broken, f"The checkpoint is kept apart in {str(target)!r}.")
 
     # Upstream wraps a method that lacks this mark, and would wrap this one again.
     save_pretrained._overridden = True
     save_pretrained._says_what_it_is = True
     model.save_pretrained = save_pretrained
+
+
+def keep_apart(model: PreTrainedModel, broken: list[BrokenLimit]) -> None:
+    """Have a model that breaks limits saved beside where it is asked for, with an error."""
+    model._broken_limits = broken
+
+
+def broken_limits_of(model: PreTrainedModel) -> list[BrokenLimit]:
+    """Limits of its recipe that a model does not keep."""
+    return getattr(model, "_broken_limits", [])
+
+
+def rejected(directory: str | Path) -> Path:
+    """Where a checkpoint that breaks limits goes instead."""
+    directory = Path(directory)
+    return directory.with_name(f"{directory.name}.rejected")
 
 
 def is_research_only(model: PreTrainedModel) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from llmcompressor_moe.evaluation.gate import Figures, Limits, broken_limits
+from llmcompressor_moe.limits import Figures, Limits, broken_limits
 
 FIGURES = Figures(perplexity_increase=0.04, kl=0.1, top1_agreement=0.9, routing_overlap=0.8, replaced=0.01)
 KEPT = {

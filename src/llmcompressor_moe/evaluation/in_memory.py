@@ -1,0 +1,125 @@
+"""The figures that limits are about, of a model before and after it changes, without loading anything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompressor_moe.demo import token_rows
+from llmcompressor_moe.evaluation.agreement import Agreement, BaseLogits, agreement, recorded_base
+from llmcompressor_moe.evaluation.routing import (
+    RoutingComparison,
+    RoutingRecord,
+    compare_records,
+    record_routing,
+)
+from llmcompressor_moe.evaluation.text import TextQuality, text_quality
+from llmcompressor_moe.limits import Figures
+from llmcompressor_moe.profile.forward import quantized_as_calibrated
+from llmcompressor_moe.report import DropReport
+
+__all__ = ["BaseFigures", "figures", "figures_of", "recorded_figures", "routing_batches"]
+
+
+@dataclass(frozen=True)
+class BaseFigures:
+    """What is kept of a model before it changes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    batch_size: int
+    text: TextQuality
+    asked: bool
+    logits: BaseLogits
+    routing: RoutingRecord
+
+
+@contextlib.contextmanager
+def recorded_figures(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    length: int | None = None,
+    stride: int | None = None,
+    *,
+    batch_size: int = 1,
+    routing_tokens: int = 8192,
+) -> Iterator[BaseFigures]:
+    """Measure a model and keep what it is compared with later, in a temporary file while the context is open.
+
+    :raises ValueError: see `text.text_quality`
+    """
+    windows = {"length": length, "stride": stride, "batch_size": batch_size}
+    with contextlib.ExitStack() as stack:
+        with HooksMixin.disable_hooks():
+            text = text_quality(model, tokenizer, texts, **windows)
+            logits = stack.enter_context(recorded_base(model, tokenizer, texts, **windows))
+            routing = record_routing(
+                model,
+                routing_batches(tokenizer, texts, logits.length, asked=length is not None),
+                max_tokens=routing_tokens,
+            )
+        yield BaseFigures(tokenizer, texts, batch_size, text, length is not None, logits, routing)
+
+
+def figures_of(model: PreTrainedModel, base: BaseFigures, history: Sequence[DropReport]) -> Figures:
+    """The same model after it has changed.
+
+    :param history: what was dropped from it since
+    :raises FloatingPointError: it gives NaN or infinite logits
+    """
+    with HooksMixin.disable_hooks(), quantized_as_calibrated(model):
+        text = text_quality(
+            model,
+            base.tokenizer,
+            base.texts,
+            base.logits.length,
+            base.logits.stride,
+            batch_size=base.batch_size,
+        )
+        agreed = agreement(base.logits, model)
+        routing = record_routing(
+            model,
+            routing_batches(base.tokenizer, base.texts, base.logits.length, asked=base.asked),
+            max_tokens=base.routing.tokens,
+        )
+    return figures(base.text, text, agreed, compare_records(base.routing, routing, history))
+
+
+def figures(
+    before: TextQuality, after: TextQuality, agreed: Agreement, routing: RoutingComparison
+) -> Figures:
+    """What limits look at, from what was measured."""
+    return Figures(
+        perplexity_increase=after.perplexity / before.perplexity - 1,
+        kl=agreed.mean_kl,
+        top1_agreement=agreed.top1_agreement,
+        routing_overlap=routing.mean.top_k_overlap_kept if routing.mean else None,
+        replaced=routing.mean.replaced if routing.mean else None,
+    )
+
+
+def routing_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, *, asked: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Windows of running text for routers to be compared on.
+
+    :param asked: whether somebody wants this length; otherwise a shorter text is one window
+    :raises ValueError: the text is shorter than one window
+    """
+    rows = token_rows(tokenizer, list(texts), length)
+    if not rows and not asked:
+        rows = [[token for row in token_rows(tokenizer, list(texts), 1) for token in row]]
+    if not rows:
+        raise ValueError(
+            f"the text holds less than one window of {length} tokens; give more text or a smaller length."
+        )
+    return [
+        {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        for row in rows
+    ]
