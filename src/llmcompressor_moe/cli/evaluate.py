@@ -54,6 +54,15 @@ def evaluate(
     dispatch_format: Annotated[
         str, typer.Option(help="How compressed models send tokens: 16-bit, fp8-per-token or fp8-per-group.")
     ] = "16-bit",
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decode, side by side.")] = False,
+    speed_batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences at once.")] = None,
+    prompt_length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens per prompt.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each prompt is continued by.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns per model that count.")] = 5,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(help="Interpreter of vLLM's environment: speed and tasks are measured there, too."),
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task of lm-eval: a name or a YAML file.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
@@ -78,6 +87,7 @@ def evaluate(
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.evaluation.run import EvaluationSettings
     from llmcompressor_moe.evaluation.run import evaluate as run
+    from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.limits import Limits
 
     steps = Console(stderr=True)
@@ -93,6 +103,15 @@ def evaluate(
             routing_tokens=routing_tokens,
             ranks=tuple(ranks or ()),
             dispatch_format=dispatch_format,
+            speed=SpeedSettings(
+                batch_sizes=tuple(speed_batch or (1,)),
+                prompt_lengths=tuple(prompt_length or (128,)),
+                new_tokens=new_tokens,
+                rounds=rounds,
+            )
+            if speed
+            else None,
+            vllm_python=vllm_python,
             tasks=tuple(task or ()),
             include_path=include_path,
             limit=limit,
@@ -125,15 +144,21 @@ def evaluate(
 def render(found: "Evaluation", console: Console) -> None:
     """Print what was measured: quality, routing, cost, communication, broken limits."""
     console.print(_quality(found))
+    if found.base.tasks:
+        console.print(_tasks(found))
     if any(model.routing.layers for model in found.compressed):
         console.print(_routing(found))
     console.print(_cost(found))
     if any(model.communication for model in found.compressed):
         console.print(_communication(found))
+    if found.speed:
+        console.print(_speed(found))
+    for engine, error in found.speed_errors.items():
+        console.print(Text(f"speed in {engine} could not be measured: {error}", style="yellow"))
     for model in found.compressed:
         for broken in model.broken_limits:
             console.print(Text(f"limit broken by {_name(model)}: {broken}", style="bold red"), soft_wrap=True)
-    if not any(model.broken_limits for model in found.compressed):
+    if found.limits.any and found.ok:
         console.print(Text("no limit is broken", style="bold green"))
 
 
@@ -149,28 +174,32 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _quality(found: "Evaluation") -> Table:
-    tasks = {(score.task, score.metric): score.value for score in found.base.tasks}
     table = _table(
         f"Quality ({found.base.text.tokens} tokens of {found.source})",
-        [
-            "model",
-            "perplexity",
-            "bits per byte",
-            "KL from base",
-            "top-1 as base",
-            *(f"{task} {metric}" for task, metric in tasks),
-        ],
+        ["model", "perplexity", "bits per byte", "KL from base", "top-1 as base"],
     )
     for model in (found.base, *found.compressed):
         agreed = getattr(model, "agreement", None)
-        scores = {(score.task, score.metric): score.value for score in model.tasks}
         table.add_row(
             _name(model),
             f"{model.text.perplexity:.2f}",
             f"{model.text.bits_per_byte:.4f}",
             f"{agreed.mean_kl:.4f}" if agreed else "",
             f"{agreed.top1_agreement:.1%}" if agreed else "",
-            *(f"{scores[key]:.4f}" for key in tasks),
+        )
+    return table
+
+
+def _tasks(found: "Evaluation") -> Table:
+    models = (found.base, *found.compressed)
+    table = _table("Tasks of lm-eval", ["task", "metric", *map(_name, models)])
+    scores = [{(one.task, one.metric): one for one in model.tasks} for model in models]
+    for task, metric in scores[0]:
+        values = [by_name[task, metric] for by_name in scores]
+        table.add_row(
+            task,
+            metric,
+            *(f"{one.value:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr else "") for one in values),
         )
     return table
 
@@ -260,4 +289,34 @@ def _communication(found: "Evaluation") -> Table:
                     for sent in (after, before)
                 ),
             )
+    return table
+
+
+def _speed(found: "Evaluation") -> Table:
+    columns = [
+        "model, engine",
+        "batch",
+        "prompt",
+        "prefill",
+        "decode, tokens/s",
+        "base",
+        "reached",
+        "bytes allow",
+        "peak memory",
+    ]
+    table = _table("Speed, medians (quartiles)", columns)
+    for compared in found.speed:
+        ours, base = compared.compressed, compared.base
+        decode, reached = ours.decode_tokens_per_second, compared.reached_quartiles
+        table.add_row(
+            f"{Path(ours.path).name}, {compared.engine}",
+            str(ours.batch),
+            str(ours.prompt_length),
+            f"{1000 * ours.prefill_seconds.median:.1f} ms",
+            f"{decode.median:.1f} ({decode.lower:.1f} to {decode.upper:.1f})",
+            f"{base.decode_tokens_per_second.median:.1f}",
+            f"{compared.reached_ratio:.2f} ({reached.lower:.2f} to {reached.upper:.2f})",
+            f"{compared.bytes_ratio:.2f}",
+            bytes_text(ours.peak_nbytes) if ours.peak_nbytes is not None else "-",
+        )
     return table

@@ -8,9 +8,10 @@ from llmcompressor_moe.evaluation.agreement import Agreement
 from llmcompressor_moe.evaluation.communication import CommunicationComparison
 from llmcompressor_moe.evaluation.cost import ModelCost
 from llmcompressor_moe.evaluation.routing import RoutingComparison
+from llmcompressor_moe.evaluation.speed import SpeedComparison
 from llmcompressor_moe.evaluation.tasks import TaskScore
 from llmcompressor_moe.evaluation.text import TextQuality
-from llmcompressor_moe.limits import BrokenLimit
+from llmcompressor_moe.limits import BrokenLimit, Limits
 
 __all__ = ["BaseEvaluation", "CompressedEvaluation", "Evaluation"]
 
@@ -50,6 +51,9 @@ class Evaluation(BaseModel):
     """A base model and models made from it, on the same text.
 
     :param source: where the text came from
+    :param limits: what compressed models had to keep
+    :param speed: every compressed model beside the base, by engine, where speed was asked for
+    :param speed_errors: engine -> why it could not be measured there
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +61,9 @@ class Evaluation(BaseModel):
     source: str
     base: BaseEvaluation
     compressed: list[CompressedEvaluation]
+    limits: Limits = Limits()
+    speed: list[SpeedComparison] = []
+    speed_errors: dict[str, str] = {}
 
     @property
     def ok(self) -> bool:

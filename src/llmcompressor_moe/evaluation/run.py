@@ -19,9 +19,12 @@ from llmcompressor_moe.evaluation.history import read_history
 from llmcompressor_moe.evaluation.in_memory import figures, routing_batches
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
 from llmcompressor_moe.evaluation.routing import RoutingRecord, compare_records, record_routing
+from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
 from llmcompressor_moe.evaluation.sources import evaluation_texts
+from llmcompressor_moe.evaluation.speed import SpeedSettings, compare_speed
 from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
 from llmcompressor_moe.evaluation.text import text_quality
+from llmcompressor_moe.evaluation.vllm_engine import VllmError
 from llmcompressor_moe.limits import Limits, broken_limits
 from llmcompressor_moe.loading import load_decompressed, load_tokenizer
 
@@ -42,6 +45,8 @@ class EvaluationSettings:
     :param batches: batch sizes to give bytes at
     :param ranks: expert-parallel group sizes to count all-to-all bytes for
     :param dispatch_format: how hidden vectors travel in compressed models
+    :param speed: how speed is measured; None: not at all
+    :param vllm_python: interpreter of vLLM's environment; speed is measured there too, and tasks are served by it
     :param tasks: tasks of lm-eval, by name or YAML file
     :param include_path: folder with more of them
     :param limit: items per task
@@ -60,6 +65,8 @@ class EvaluationSettings:
     batches: tuple[int, ...] = (1,)
     ranks: tuple[int, ...] = ()
     dispatch_format: DispatchFormat = "16-bit"
+    speed: SpeedSettings | None = None
+    vllm_python: Path | None = None
     tasks: tuple[str, ...] = ()
     include_path: Path | None = None
     limit: int | None = None
@@ -97,7 +104,10 @@ def evaluate(
     settings = settings or EvaluationSettings()
     with recorded(base, settings, announce) as record:
         results = [evaluate_compressed(record, path, announce) for path in compressed]
-    return Evaluation(source=settings.source, base=record.found, compressed=results)
+    found = Evaluation(source=settings.source, base=record.found, compressed=results, limits=settings.limits)
+    if settings.speed is not None:
+        _measure_speed(found, settings, announce)
+    return found
 
 
 @contextlib.contextmanager
@@ -122,7 +132,9 @@ def recorded(
             routing_batches(tokenizer, texts, logits.length, asked=settings.length is not None),
             max_tokens=settings.routing_tokens,
         )
-        found = BaseEvaluation(path=str(base), text=text, cost=cost, tasks=_tasks(model, tokenizer, settings))
+        found = BaseEvaluation(
+            path=str(base), text=text, cost=cost, tasks=_tasks(base, model, tokenizer, settings)
+        )
         del model
         gc.collect()
         yield BaseRecord(settings, found, tokenizer, texts, logits, routing)
@@ -160,7 +172,7 @@ def evaluate_compressed(
         path=str(path),
         text=text,
         cost=cost,
-        tasks=_tasks(model, record.tokenizer, settings),
+        tasks=_tasks(path, model, record.tokenizer, settings),
         agreement=agreed,
         routing=compared,
         communication=[
@@ -178,6 +190,24 @@ def evaluate_compressed(
     )
 
 
+def _measure_speed(found: Evaluation, settings: EvaluationSettings, announce: Callable[[str], None]) -> None:
+    """An engine that cannot run a model must not cost what has been measured so far."""
+    paths = [model.path for model in found.compressed]
+    for engine in ("transformers", *(["vllm"] if settings.vllm_python else [])):
+        announce(f"Speed in {engine}")
+        try:
+            found.speed += compare_speed(
+                found.base.path,
+                paths,
+                settings.speed,
+                device=settings.device,
+                vllm_python=settings.vllm_python,
+                engines=[engine],
+            )
+        except (VllmError, torch.OutOfMemoryError) as error:
+            found.speed_errors[engine] = str(error)
+
+
 def _check(settings: EvaluationSettings) -> None:
     for name in ("max_tokens", "batch_size", "routing_tokens"):
         if getattr(settings, name) < 1:
@@ -192,10 +222,17 @@ def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:
 
 
 def _tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+    path: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
 ) -> list[TaskScore]:
     if not settings.tasks:
         return []
+    if settings.vllm_python is not None:
+        return run_served_tasks(
+            path, settings.tasks, settings.vllm_python, settings.include_path, settings.limit
+        )
     return run_tasks(
         model,
         tokenizer,
