@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from llmcompressor_moe.criteria.parts import part_metric
 from llmcompressor_moe.evidence import Evidence
+from llmcompressor_moe.evidence.gather import ModelShape
 from llmcompressor_moe.plan import ExpertRoom, experts_to_drop, parts_to_drop
 from llmcompressor_moe.quantization.planning import Budget, choose_schemes
 from llmcompressor_moe.quantization.sizes import StoredSize
 from llmcompressor_moe.sweep.grid import Grid, Point
 
-__all__ = ["Drops", "choose_drops", "choose_precision"]
+__all__ = ["Choice", "Drops", "choose", "choose_drops", "choose_precision"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,37 @@ class Drops:
     blocks: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     experts: dict[int, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Everything that makes a variant.
+
+    :param schemes: block index -> scheme of its experts; empty: all stay as they are
+    """
+
+    dropped: Drops
+    schemes: dict[int, str]
+
+
+def choose(evidence: Evidence, grid: Grid, point: Point, shape: ModelShape) -> Choice:
+    """What goes at a point, and what gets which scheme.
+
+    :raises ValueError: the point is impossible; names it
+    """
+    drops = choose_drops(evidence, grid, point, shape.rooms)
+    if point.bits is None:
+        return Choice(drops, {})
+    kept = {
+        layer: [e for e in range(room.num_experts) if e not in drops.experts.get(layer, ())]
+        for layer, room in shape.rooms.items()
+        if layer not in drops.blocks and layer not in drops.layers
+    }
+    sizes = {layer: [shape.sizes[layer][e] for e in experts] for layer, experts in kept.items()}
+    try:
+        return Choice(drops, choose_precision(evidence, sizes, kept, point.bits))
+    except ValueError as error:
+        raise ValueError(f"{point}: {error}") from error
 
 
 def choose_drops(evidence: Evidence, grid: Grid, point: Point, rooms: Mapping[int, ExpertRoom]) -> Drops:

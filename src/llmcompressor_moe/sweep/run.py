@@ -11,24 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from llmcompressor.modeling.moe.linearize import linearize_moe
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.checkpoint.atomic import check_can_write
 from llmcompressor_moe.checkpoint.files import write_text
 from llmcompressor_moe.evaluation.report import BaseEvaluation
 from llmcompressor_moe.evaluation.run import BaseRecord, EvaluationSettings, evaluate_compressed, recorded
-from llmcompressor_moe.evidence import Evidence, collect_evidence
+from llmcompressor_moe.evidence import Evidence
+from llmcompressor_moe.evidence.gather import CalibrationSettings, gather_evidence, model_shape
 from llmcompressor_moe.inspection import inspect_model
-from llmcompressor_moe.loading import load_model, load_tokenizer
-from llmcompressor_moe.plan import ExpertRoom
-from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.schemes import Candidate, resolve_schemes
-from llmcompressor_moe.quantization.sizes import StoredSize
-from llmcompressor_moe.surgery.session import TrimSession
-from llmcompressor_moe.sweep.choice import Drops, choose_drops, choose_precision
+from llmcompressor_moe.sweep.choice import Choice, choose
 from llmcompressor_moe.sweep.grid import Grid, Point
 from llmcompressor_moe.sweep.report import PointResult, SweepReport
 from llmcompressor_moe.sweep.variant import make_variant
@@ -36,6 +29,7 @@ from llmcompressor_moe.sweep.variant import make_variant
 __all__ = ["SweepError", "SweepSettings", "run_sweep"]
 
 REPORT = "sweep.json"
+_TEMPORARY = "making-"
 
 
 class SweepError(ValueError):
@@ -62,27 +56,6 @@ class SweepSettings:
     keep: bool = False
 
 
-class _Choice(BaseModel):
-    """Everything that is decided before the first point runs."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dropped: Drops
-    schemes: dict[int, str]
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What choosing needs to know of the base.
-
-    :param rooms: MoE layer -> what it allows
-    :param sizes: MoE layer -> size of each expert under each candidate, in the dtype it is stored in
-    """
-
-    rooms: Mapping[int, ExpertRoom]
-    sizes: Mapping[int, list[dict[str, StoredSize]]]
-
-
 def run_sweep(
     model: str | Path,
     grid: Grid,
@@ -107,8 +80,11 @@ def run_sweep(
         raise ValueError(f"model {str(model)!r} is quantized already; sweep the model that it was made from.")
     _same_sweep(model, grid, settings, output)
     candidates = {c.name: c for c in resolve_schemes(grid.schemes, grid.group_size, "schemes")}
-    evidence, known = _evidence(model, list(candidates.values()), settings, output, announce)
-    choices = {point: _choose(evidence, grid, point, known) for point in grid.all_points()}
+    shape = model_shape(model, list(candidates.values()))
+    evidence = _evidence(model, list(candidates.values()), settings, output, announce)
+    choices = {point: choose(evidence, grid, point, shape) for point in grid.all_points()}
+    for left_behind in output.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
     missing = [point for point in choices if not _result_path(output, point).exists()]
     base = output / "base.json"
     if missing or not base.exists():
@@ -180,71 +156,31 @@ def _evidence(
     settings: SweepSettings,
     output: Path,
     announce: Callable[[str], None],
-) -> tuple[Evidence, _Model]:
+) -> Evidence:
     path = output / "evidence.json"
-    session = TrimSession.begin(linearize_moe(load_model(model, "auto")))
-    known = _look_at(session, candidates)
     if path.exists():
-        return _read(Evidence, path), known
+        return _read(Evidence, path)
     announce("Calibrating")
-    samples = calibration_samples(
-        settings.dataset, load_tokenizer(model), settings.num_samples, settings.sequence_length
-    )
-    batches = [
-        {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in samples
-    ]
-    dtype = settings.evaluation.dtype
-    if dtype != "auto":
-        session.model.to(getattr(torch, dtype))
-    evidence = collect_evidence(session, batches, candidates, kl_samples=settings.kl_samples)
-    write_text(path, evidence.model_dump_json(indent=1))
-    return evidence, known
-
-
-def _look_at(session: TrimSession, candidates: list[Candidate]) -> _Model:
-    planner = Planner(
-        session,
-        QuantSettings(
-            candidates=candidates,
-            attention=None,
-            dense=None,
-            target_bits=None,
-            target_size=None,
-            per_expert=False,
-            ignore=["lm_head"],
-            sensitivity="output_error",
-            sample_tokens=1,
-            seed=0,
+    evidence = gather_evidence(
+        model,
+        candidates,
+        CalibrationSettings(
+            dataset=settings.dataset,
+            num_samples=settings.num_samples,
+            sequence_length=settings.sequence_length,
+            kl_samples=settings.kl_samples,
+            dtype=settings.evaluation.dtype,
         ),
     )
-    rooms = {
-        index: ExpertRoom(moe.num_experts, moe.min_experts, moe.num_groups)
-        for index, moe in session.topology.moe_layers.items()
-    }
-    return _Model(rooms, planner.sizes())
-
-
-def _choose(evidence: Evidence, grid: Grid, point: Point, known: _Model) -> _Choice:
-    drops = choose_drops(evidence, grid, point, known.rooms)
-    if point.bits is None:
-        return _Choice(dropped=drops, schemes={})
-    kept = {
-        layer: [e for e in range(room.num_experts) if e not in drops.experts.get(layer, ())]
-        for layer, room in known.rooms.items()
-        if layer not in drops.blocks and layer not in drops.layers
-    }
-    sizes = {layer: [known.sizes[layer][e] for e in experts] for layer, experts in kept.items()}
-    try:
-        return _Choice(dropped=drops, schemes=choose_precision(evidence, sizes, kept, point.bits))
-    except ValueError as error:
-        raise ValueError(f"{point}: {error}") from error
+    write_text(path, evidence.model_dump_json(indent=1))
+    return evidence
 
 
 def _measure(
     model: str | Path,
     record: BaseRecord,
     point: Point,
-    choice: _Choice,
+    choice: Choice,
     candidates: Mapping[str, Candidate],
     output: Path,
     keep: bool,
@@ -252,7 +188,7 @@ def _measure(
     if point == Point():
         size = record.found.cost.nbytes + record.found.cost.header_nbytes
         return PointResult(point=point, dropped=choice.dropped, schemes={}, size=size, found=None)
-    with tempfile.TemporaryDirectory(prefix="sweep-", dir=output) as folder:
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
         checkpoint = Path(folder) / point.name
         make_variant(model, choice.dropped, choice.schemes, candidates, checkpoint)
         found = evaluate_compressed(record, checkpoint)
@@ -261,6 +197,7 @@ def _measure(
             shutil.rmtree(kept, ignore_errors=True)
             kept.parent.mkdir(exist_ok=True)
             checkpoint.rename(kept)
-    found.path = point.name
+    # The directory is gone, and another run would name another.
+    found.path = found.cost.path = point.name
     size = found.cost.nbytes + found.cost.header_nbytes
     return PointResult(point=point, dropped=choice.dropped, schemes=choice.schemes, size=size, found=found)
