@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_write
 
-__all__ = ["check_can_write_file", "write_text"]
+__all__ = ["check_can_write_file", "write_bytes", "write_text"]
 
 
 def check_can_write_file(path: str | Path) -> None:
@@ -26,12 +27,21 @@ def write_text(path: str | Path, text: str) -> None:
 
     :raises OutputDirectoryError: it cannot be written; what was there before is still there
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a temporary sibling and move it in place, folders included.
+
+    :raises OutputDirectoryError: it cannot be written; what was there before is still there
+    """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputDirectoryError(f"{str(path)!r} cannot be written ({error}).") from error
