@@ -86,7 +86,7 @@ def test_labels_do_not_collide(places):
 
 def test_a_label_alone_stands_beside_its_point():
     (placed,) = place_labels([Label(50, 50, [40], 12)], [Box(45, 45, 55, 55)], Box(0, 0, 400, 300), 9)
-    assert placed.choice == 0
+    assert (placed.choice, placed.x, placed.anchor) == (0, 59, "start")
     assert placed.box == Box(59, 44, 99, 56)
 
 

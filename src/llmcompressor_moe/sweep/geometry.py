@@ -105,10 +105,14 @@ class Placed:
 
     :param box: what it covers
     :param choice: which of its texts fits
+    :param x: where the text is anchored: on the side of its point, as texts are shorter than their boxes
+    :param anchor: which part of the text is there: ``start``, ``middle`` or ``end``
     """
 
     box: Box
     choice: int
+    x: float
+    anchor: str
 
 
 def round_ticks(low: float, high: float, about: int = 5) -> tuple[float, ...]:
@@ -162,7 +166,7 @@ def place_labels(
     for label in labels:
         found = next(
             (
-                Placed(box, choice)
+                Placed(box, choice, *_anchor(box, label))
                 for away in (distance, 2 * distance)
                 for choice, width in enumerate(label.widths)
                 for box in _around(label, width, away)
@@ -188,6 +192,14 @@ def step_boxes(places: Sequence[tuple[float, float]]) -> list[Box]:
 def text_width(text: str, size: float) -> float:
     """Width of a text in a sans-serif font of a size, roughly and rather too much."""
     return len(text) * size * _CHARACTER
+
+
+def _anchor(box: Box, label: Label) -> tuple[float, str]:
+    if box.left >= label.x:
+        return box.left, "start"
+    if box.right <= label.x:
+        return box.right, "end"
+    return label.x, "middle"
 
 
 def _around(label: Label, width: float, away: float) -> Iterable[Box]:

@@ -159,12 +159,12 @@ def _label(axes: Axes, curve: Curve) -> None:
     )
     for point, found in zip(wanted, placed, strict=True):
         if found is not None:
-            middle = ((found.box.left + found.box.right) / 2, -(found.box.top + found.box.bottom) / 2)
+            anchor = (found.x, -(found.box.top + found.box.bottom) / 2)
             axes.annotate(
                 (point.label, point.code)[found.choice],
-                axes.transData.inverted().transform(middle),
+                axes.transData.inverted().transform(anchor),
                 fontsize=_LABEL_POINTS,
-                ha="center",
+                ha={"start": "left", "middle": "center", "end": "right"}[found.anchor],
                 va="center",
                 zorder=5,
             )

@@ -396,9 +396,10 @@ def _labels(
         9.0,
     )
     return _join(
-        Markup('<text class="label" x="{}" y="{}" text-anchor="middle" aria-hidden="true">{}</text>').format(
-            _n((found.box.left + found.box.right) / 2),
+        Markup('<text class="label" x="{}" y="{}" text-anchor="{}" aria-hidden="true">{}</text>').format(
+            _n(found.x),
             _n(found.box.bottom - 2.5),
+            found.anchor,
             (point.label, point.code)[found.choice],
         )
         for point, found in zip(labelled, placed, strict=True)
