@@ -4,7 +4,9 @@ import typer
 
 from llmcompressor_moe.cli.check import check
 from llmcompressor_moe.cli.compress import compress
+from llmcompressor_moe.cli.evaluate import evaluate
 from llmcompressor_moe.cli.inspect import inspect
+from llmcompressor_moe.cli.sweep import sweep
 
 app = typer.Typer(
     name="llmcompressor-moe",
@@ -15,5 +17,7 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(compress)
 app.command()(check)
+app.command()(evaluate)
+app.command()(sweep)
 
-__all__ = ["app", "check", "compress", "inspect"]
+__all__ = ["app", "check", "compress", "evaluate", "inspect", "sweep"]

@@ -1,0 +1,105 @@
+"""`llmcompressor-moe sweep MODEL --grid GRID --output OUT`: many ways to shrink a model, measured and drawn."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.sizes import bytes_text
+
+if TYPE_CHECKING:
+    from llmcompressor_moe.sweep.report import SweepReport
+
+
+def sweep(
+    grid: Annotated[Path, typer.Option("--grid", "-g", help="YAML file with the points; see docs/sweep.md.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory for points, report and pictures.")
+    ],
+    model: Annotated[
+        Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option("--dataset", "-d", help="Calibration text; see `compress --help`.")
+    ] = "demo",
+    num_samples: Annotated[int, typer.Option(min=2, help="Calibration samples, at most.")] = 64,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 256,
+    kl_samples: Annotated[
+        int, typer.Option(min=1, help="Samples on which each block and MoE layer is left out once.")
+    ] = 16,
+    text: Annotated[str, typer.Option("--text", "-t", help="Text that points are measured on.")] = "demo",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 65536,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens per window.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens that a further window predicts.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep every point's checkpoint.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+) -> None:
+    """Calibrate once, make and measure every point of a grid, and draw the trade-offs.
+
+    What is finished is not done again: the same command goes on after a crash.
+    """
+    from llmcompressor_moe.cli.logs import logs
+    from llmcompressor_moe.demo import DEMO_MODEL
+    from llmcompressor_moe.evaluation.run import EvaluationSettings
+    from llmcompressor_moe.sweep.grid import load_grid
+    from llmcompressor_moe.sweep.page import write_page
+    from llmcompressor_moe.sweep.plots import write_plots
+    from llmcompressor_moe.sweep.run import SweepSettings, run_sweep
+
+    steps = Console(stderr=True)
+    with logs(verbose), user_errors(show_trace=verbose):
+        report = run_sweep(
+            model or DEMO_MODEL,
+            load_grid(grid),
+            output,
+            SweepSettings(
+                dataset=dataset,
+                num_samples=num_samples,
+                sequence_length=sequence_length,
+                kl_samples=kl_samples,
+                evaluation=EvaluationSettings(
+                    source=text,
+                    max_tokens=max_tokens,
+                    length=length,
+                    stride=stride,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    device=device,
+                ),
+                keep=keep,
+            ),
+            announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
+        )
+        write_plots(report, output)
+        write_page(report, output / "report.html")
+    render(report, Console())
+    Console().print(Text(f"open {output / 'report.html'}"), soft_wrap=True)
+
+
+def render(report: "SweepReport", console: Console) -> None:
+    """Print the points; a star marks those that nothing beats in size and perplexity."""
+    front = set(report.front_by_size())
+    table = Table(title="Points", title_justify="left", title_style="bold")
+    for column in ("", "point", "size", "perplexity", "KL from base", "routing overlap"):
+        table.add_column(column, justify="left" if column in ("", "point") else "right")
+    for result in report.points:
+        found = result.found
+        mean = found.routing.mean if found else None
+        table.add_row(
+            "*" if result.point.name in front else "",
+            str(result.point),
+            bytes_text(result.size),
+            f"{report.perplexity(result):.2f}",
+            f"{found.agreement.mean_kl:.4f}" if found else "",
+            f"{mean.top_k_overlap:.1%}" if mean else "",
+        )
+    console.print(table)
