@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 import synthetic_sweep
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,6 +29,9 @@ from llmcompressor_moe.sweep.views import base_shares, budgets, most_interesting
 
 HOSTILE = """</script><script>window.pwned=1</script><img src=x onerror="window.pwned=2">'&"""
 
+# Machines that run tests are busy at times.
+patient = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
 finite = st.floats(min_value=-1e9, max_value=1e9, allow_nan=False)
 positive = st.floats(min_value=1e-6, max_value=1e9)
 
@@ -41,6 +44,7 @@ def report():
 # Axes and labels.
 
 
+@patient
 @given(finite, positive)
 def test_ticks_are_round_and_within(low, span):
     assume(low + span > low and span > 1e-9 * abs(low))
@@ -53,6 +57,7 @@ def test_ticks_are_round_and_within(low, span):
     assert {step.replace(".", "").strip("0").split("e")[0] for step in steps} <= {"1", "2", "5"}
 
 
+@patient
 @given(st.lists(positive, min_size=1, max_size=30))
 def test_an_axis_holds_its_values_and_marks_some(values):
     axis = axis_for(values, 40, 400)
@@ -73,6 +78,7 @@ def test_an_axis_needs_values():
 place = st.tuples(st.floats(0, 400), st.floats(0, 300), st.floats(5, 150))
 
 
+@patient
 @given(st.lists(place, max_size=15))
 def test_labels_do_not_collide(places):
     area = Box(0, 0, 400, 300)
@@ -93,6 +99,7 @@ def test_a_label_alone_stands_beside_its_point():
 # Images, read by a decoder that is not ours.
 
 
+@patient
 @given(st.integers(1, 16), st.integers(1, 40), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_images_say_what_was_written(colours, width, height, draw):
     palette = [tuple(draw.randrange(256) for _ in range(4)) for _ in range(colours)]
@@ -134,6 +141,7 @@ def view_box(root):
 points = st.lists(st.tuples(st.sampled_from(list(KINDS)), positive, positive), min_size=1, max_size=25)
 
 
+@patient
 @given(points)
 def test_a_curve_draws_every_point_within_itself(found):
     every = tuple(CurvePoint(f"n{i}", f"label {i}", str(i), *values) for i, values in enumerate(found))
@@ -176,6 +184,7 @@ def test_what_points_are_called():
     assert kinds == ["base", "layers", "bits", "combination"]
 
 
+@patient
 @given(st.integers(1, 120), st.integers(1, 300), st.randoms(use_true_random=False))
 def test_maps_have_a_cell_per_expert(layers, experts, draw):
     rows = [
