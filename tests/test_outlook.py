@@ -1,0 +1,502 @@
+"""Forecasts of losses: damage by hand, a curve that is known, intervals, what is safe, and the command."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import support
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llmcompressor_moe.cli import app
+from llmcompressor_moe.evidence import Evidence, LayerEvidence
+from llmcompressor_moe.evidence.gather import ModelShape, load_evidence, model_shape
+from llmcompressor_moe.outlook import (
+    Calibration,
+    Damage,
+    bundled_calibration,
+    coverage,
+    first_order_damage,
+    outlook,
+    predict_loss,
+)
+from llmcompressor_moe.outlook.calibration import CalibrationError, Observation, fit
+from llmcompressor_moe.outlook.report import common_ranges, safe_up_to
+from llmcompressor_moe.plan import ExpertRoom
+from llmcompressor_moe.quantization.schemes import resolve_schemes
+from llmcompressor_moe.quantization.sizes import StoredSize
+from llmcompressor_moe.sweep.choice import Drops
+from llmcompressor_moe.sweep.grid import Grid, Row
+
+FACTORS = {"blocks": 1.5, "layers": 2.0, "experts": 1.2, "bits": 0.4}
+CURVE = Calibration(factors=FACTORS, exponent=1.1, spread=0.2, freedom=8, models=["made up"], points=20)
+SCHEMES = ["W4A16", "W8A16", "UNQUANTIZED"]
+
+
+def evidence(count: int = 4, experts: int = 8, tokens: int = 1000, **changes: object) -> Evidence:
+    """Numbers that a calibration run could have given, all different."""
+    numbers = random.Random(0)
+
+    def layer() -> LayerEvidence:
+        return LayerEvidence(
+            routed_tokens=[tokens] * experts,
+            output_power=10.0,
+            lost_power=[numbers.uniform(0.5, 1.5) for _ in range(experts)],
+            errors={
+                name: [numbers.uniform(0.5, 1) * scale for _ in range(experts)] for name, scale in ERRORS
+            },
+            scores={name: [numbers.random() for _ in range(experts)] for name in ("reap", "frequency")},
+        )
+
+    fields = {
+        "model_type": "mixtral",
+        "blocks": count,
+        "top_k": dict.fromkeys(range(count), 2),
+        "tokens": tokens * experts // 2,
+        "samples": 16,
+        "kl_samples": 16,
+        "block_similarity": {index: 0.9 + index / 100 for index in range(count)},
+        "layer_similarity": {index: 0.9 + index / 100 for index in range(count)},
+        "block_divergence": {index: 0.3 - index / 20 for index in range(count)},
+        "layer_divergence": {index: 0.2 - index / 25 for index in range(count)},
+        "layers": {index: layer() for index in range(count)},
+        "stability": {"reap": 0.95, "block similarity": 0.99, "layer similarity": 0.99},
+    }
+    return Evidence(**{**fields, **changes})
+
+
+ERRORS = (("W4A16", 0.05), ("W8A16", 0.0005))
+
+
+def shape(layers: int = 4, experts: int = 8) -> ModelShape:
+    size = {"W4A16": 4.125, "W8A16": 8.125, "UNQUANTIZED": 16}
+    one = {name: StoredSize(bits=round(bits * 1000), weights=1000) for name, bits in size.items()}
+    return ModelShape(
+        model_type="mixtral",
+        blocks=layers,
+        rooms={index: ExpertRoom(experts, 2) for index in range(layers)},
+        sizes={index: [one] * experts for index in range(layers)},
+    )
+
+
+# Damage
+
+
+def test_damage_by_hand():
+    """Two MoE layers with two experts each, every number written down."""
+    layer = LayerEvidence(
+        routed_tokens=[5, 5],
+        output_power=4.0,
+        lost_power=[1.0, 3.0],
+        errors={"W4A16": [0.02, 0.06]},
+        scores={},
+    )
+    seen = evidence(
+        count=2,
+        experts=2,
+        block_divergence={0: 0.5, 1: 0.7},
+        layer_divergence={0: 0.2, 1: 0.4},
+        layers={0: layer, 1: layer},
+    )
+
+    def damage(drops: Drops, schemes: dict[int, str] | None = None) -> Damage:
+        return first_order_damage(seen, drops, schemes or {})
+
+    assert damage(Drops()) == Damage()
+    assert damage(Drops(blocks=[1])) == Damage(blocks=0.7)
+    assert damage(Drops(layers=[0, 1])).layers == pytest.approx(0.6)
+    assert damage(Drops(experts={0: [0], 1: [1]})).experts == pytest.approx(0.2 * 1 / 4 + 0.4 * 3 / 4)
+    assert damage(Drops(), {0: "W4A16", 1: "UNQUANTIZED"}).bits == pytest.approx(0.2 * 0.08 / 4)
+    together = damage(Drops(blocks=[0], experts={1: [0]}), {1: "W4A16"})
+    assert together.blocks == 0.5
+    assert together.experts == pytest.approx(0.4 * 1 / 4)
+    assert together.bits == pytest.approx(0.4 * 0.06 / 4), "the expert that is gone is not rounded"
+
+
+def test_nothing_counts_twice_and_no_layer_costs_more_than_itself():
+    seen = evidence()
+    block = first_order_damage(seen, Drops(blocks=[1]), {})
+    assert first_order_damage(seen, Drops(blocks=[1], layers=[1], experts={1: [0]}), {1: "W4A16"}) == block
+    every = first_order_damage(seen, Drops(experts={2: list(range(8))}), {})
+    seen.layers[2].lost_power = [100.0] * 8
+    assert first_order_damage(seen, Drops(experts={2: [0]}), {}).experts == seen.layer_divergence[2]
+    assert every.experts <= seen.layer_divergence[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_more_is_never_less(data):
+    """Whatever is dropped already, one more expert costs no less; nor does an MoE layer instead of its experts or,
+    where blocks cost more than their MoE layers, a block instead of its layer.
+    """
+    seen = evidence()
+    layers = data.draw(st.lists(st.integers(0, 3), unique=True))
+    experts = data.draw(st.dictionaries(st.integers(0, 3), st.lists(st.integers(0, 7), unique=True)))
+    chosen, expert = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 7))
+    even = CURVE.model_copy(update={"factors": dict.fromkeys(FACTORS, 1.0)})
+
+    def loss(**drops: object) -> float:
+        return even.loss(first_order_damage(seen, Drops(**drops), {}))
+
+    base = loss(layers=layers, experts=experts)
+    more = {**experts, chosen: sorted({*experts.get(chosen, ()), expert})}
+    assert loss(layers=layers, experts=more) >= base - 1e-12
+    assert loss(layers=[*layers, chosen], experts=experts) >= base - 1e-12
+    assert loss(blocks=[chosen], layers=layers, experts=experts) >= base - 1e-12
+
+
+def test_fewer_bits_cost_more():
+    by_scheme = {
+        name: first_order_damage(evidence(), Drops(), dict.fromkeys(range(4), name)).bits for name in SCHEMES
+    }
+    assert by_scheme["W4A16"] > by_scheme["W8A16"] > by_scheme["UNQUANTIZED"] == 0
+
+
+@pytest.mark.parametrize(
+    "drops, schemes, said",
+    [
+        (Drops(blocks=[7]), {}, r"blocks=\[7\]: the evidence has blocks \[0, 1, 2, 3\]"),
+        (Drops(layers=[4]), {}, r"layers=\[4\]: the evidence has MoE layers"),
+        (Drops(experts={0: [8]}), {}, r"experts=\[8\] of block 0: it has experts 0 to 7"),
+        (Drops(), {0: "W3A16"}, r"does not know 'W3A16'; it has \['W4A16', 'W8A16'\]"),
+    ],
+)
+def test_damage_of_what_is_not_there(drops, schemes, said):
+    with pytest.raises(ValueError, match=said):
+        first_order_damage(evidence(), drops, schemes)
+
+
+# Curve
+
+
+def made_up(models: int = 3, spread: float = 0.0, seed: int = 0, between: float = 0.0) -> list[Observation]:
+    """Points of every kind and of all together, on a known curve."""
+    numbers = random.Random(seed)
+    found = []
+    for number in range(models):
+        shift = numbers.gauss(0, between)
+        for kind, amount in itertools.product([*FACTORS, "mixed"], (0.01, 0.05, 0.2, 0.8)):
+            kinds = FACTORS if kind == "mixed" else (kind,)
+            damage = Damage(**{name: amount * numbers.uniform(0.5, 1.5) for name in kinds})
+            loss = CURVE.loss(damage) * math.exp(shift + numbers.gauss(0, spread))
+            found.append(Observation(f"model {number}", damage, loss))
+    return found
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_the_fit_finds_the_curve_behind_points(models):
+    found = fit(made_up(models))
+    assert found.factors == pytest.approx(FACTORS, rel=1e-4)
+    assert found.exponent == pytest.approx(1.1, rel=1e-4)
+    assert found.spread < 1e-4
+    assert found.points == 20 * models
+
+
+def test_the_fit_finds_the_curve_among_scattered_points():
+    found = fit(made_up(models=10, spread=0.15))
+    assert found.factors == pytest.approx(FACTORS, rel=0.15)
+    assert found.exponent == pytest.approx(1.1, rel=0.05)
+    assert found.spread == pytest.approx(0.15, rel=0.25)
+
+
+def test_the_spread_holds_how_models_differ():
+    alike, differing = fit(made_up(models=6, spread=0.1)), fit(made_up(models=6, spread=0.1, between=0.5))
+    assert differing.spread > 2 * alike.spread
+
+
+def test_points_in_the_noise_are_left_out():
+    noisy = [Observation("model 0", Damage(bits=1e-5), -1e-4, 1e-3), Observation("model 0", Damage(), 0.0)]
+    assert fit([*made_up(), *noisy]) == fit(made_up())
+
+
+def test_too_few_observations():
+    with pytest.raises(CalibrationError, match=r"'bits'"):
+        fit([one for one in made_up() if not one.damage.bits])
+    with pytest.raises(CalibrationError, match="at least 6"):
+        fit(made_up(1)[::5])
+
+
+def test_intervals_hold_what_they_promise():
+    calibration = fit(made_up(models=8, spread=0.2))
+    fresh = made_up(models=20, spread=0.2, seed=1)
+    inside = [
+        (loss := predict_loss(one.damage, calibration)).nll_low <= one.nll_increase <= loss.nll_high
+        for one in fresh
+    ]
+    assert sum(inside) / len(inside) == pytest.approx(0.9, abs=0.05)
+
+
+def test_intervals_widen_with_the_spread_and_with_confidence():
+    damage = Damage(layers=0.1)
+
+    def width(spread: float, freedom: int = 8, confidence: float = 0.9) -> float:
+        curve = CURVE.model_copy(update={"spread": spread, "freedom": freedom})
+        loss = predict_loss(damage, curve, confidence)
+        assert loss.nll_low <= loss.nll_increase <= loss.nll_high
+        assert loss.perplexity_factor == pytest.approx(math.exp(loss.nll_increase))
+        return loss.nll_high / loss.nll_low
+
+    assert width(0) == 1 < width(0.1) < width(0.2)
+    assert width(0.1, freedom=3) > width(0.1, freedom=30)
+    assert width(0.1, confidence=0.5) < width(0.1)
+    with pytest.raises(ValueError, match=r"confidence=1\.0"):
+        width(0.1, confidence=1.0)
+
+
+def test_no_damage_no_loss():
+    loss = predict_loss(Damage(), CURVE)
+    assert (loss.nll_low, loss.nll_increase, loss.nll_high, loss.perplexity_high) == (0, 0, 0, 1)
+
+
+def test_the_bundled_calibration_is_a_rising_curve():
+    calibration = bundled_calibration()
+    assert calibration.loss(Damage(bits=0.01)) < calibration.loss(Damage(bits=0.02))
+    assert "benchmarks/forecast.py" in calibration.made_by
+
+
+# What is safe
+
+
+def ranged() -> Grid:
+    return Grid(points=common_ranges(shape()), schemes=SCHEMES)
+
+
+def test_ranges_are_possible_and_cover_every_kind():
+    assert common_ranges(shape()) == [
+        Row(blocks=[1, 2]),
+        Row(layers=[1, 2]),
+        Row(experts=[1, 2, 3, 4, 5, 6]),
+        Row(bits=[4.13, 6.13, 8.13, 12.07]),
+    ]
+    assert len(outlook(evidence(), shape(), ranged(), calibration=CURVE).points) == 2 + 2 + 6 + 4
+
+
+def test_groups_lose_the_same_number_each():
+    grouped = shape()
+    grouped.rooms.update({index: ExpertRoom(8, 4, 2) for index in range(4)})
+    assert common_ranges(grouped)[2] == Row(experts=[2, 4])
+
+
+def test_safe_is_monotone_in_what_is_allowed_and_keeps_it():
+    previous = None
+    for allowed in (0, 0.001, 0.01, 0.05, 0.1, 0.3, 1, 3, 30, 1e6):
+        found = outlook(evidence(), shape(), ranged(), allowed, CURVE)
+        safe = found.safe
+        for one in found.points:
+            point = one.point
+            if (
+                0 < point.blocks <= safe.blocks
+                or 0 < point.layers <= safe.layers
+                or 0 < point.experts <= safe.experts
+                or (point.bits and safe.bits and point.bits >= safe.bits)
+            ):
+                assert one.loss.perplexity_high <= (1 + allowed) * (1 + 1e-12)
+        if previous is not None:
+            assert safe.blocks >= previous.blocks
+            assert safe.layers >= previous.layers
+            assert safe.experts >= previous.experts
+            assert (safe.bits or 99) <= (previous.bits or 99)
+        previous = safe
+    assert (previous.blocks, previous.layers, previous.experts, previous.bits) == (2, 2, 6, 4.13)
+    assert outlook(evidence(), shape(), ranged(), 0, CURVE).safe.model_dump() == {
+        "blocks": 0,
+        "layers": 0,
+        "experts": 0,
+        "bits": None,
+    }
+
+
+def test_a_gap_is_not_jumped():
+    """A harsher point that looks better than a milder one does not make the milder one safe."""
+    points = [one for one in outlook(evidence(), shape(), ranged(), 0.05, CURVE).points if one.point.experts]
+    mild = predict_loss(Damage(experts=1e-6), CURVE)
+    points[2] = points[2].model_copy(update={"loss": mild})
+    assert safe_up_to(points, 0.001).experts == 0
+
+
+def test_points_of_several_kinds_are_forecast_but_say_nothing_about_one():
+    row = Row(layers=[1], experts=[1], bits=[6.5])
+    found = outlook(evidence(), shape(), Grid(points=[row], schemes=SCHEMES), 1e6, CURVE)
+    (one,) = found.points
+    assert one.damage.kinds == ("layers", "experts", "bits")
+    assert found.safe.layers == found.safe.experts == 0
+    assert len(one.schemes) == 3
+
+
+@pytest.mark.parametrize("allowed", [-0.1, math.inf, math.nan])
+def test_an_impossible_allowance(allowed):
+    with pytest.raises(ValueError, match="allowed_increase="):
+        outlook(evidence(), shape(), ranged(), allowed, CURVE)
+
+
+# Coverage
+
+
+def counts(*numbers: int, **changes: object) -> Evidence:
+    seen = evidence(count=1, experts=len(numbers), **changes)
+    seen.layers[0].routed_tokens = list(numbers)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "seen, verdict, said",
+    [
+        (counts(*[100] * 200), "good", []),
+        (counts(*[100] * 199, 15), "thin", ["1 of 200 experts saw fewer than 16"]),
+        (counts(*[100] * 199, 0), "thin", ["1 of 200 experts saw no token"]),
+        (counts(*[100] * 189, *[15] * 11), "poor", ["11 of 200 experts saw fewer than 16"]),
+        (counts(*[100] * 197, *[0] * 3), "poor", ["3 of 200 experts saw no token"]),
+        (counts(*[100] * 8, stability={"reap": 0.4}), "poor", ["correlation of 0.40"]),
+        (counts(*[100] * 8, stability={"reap": 0.7}), "thin", ["correlation of 0.70"]),
+        (counts(*[100] * 8, stability={"reap": None, "frequency": 0.1}), "good", []),
+        (counts(*[100] * 8, kl_samples=1, tokens=2000), "thin", ["about 500 tokens"]),
+    ],
+)
+def test_verdicts(seen, verdict, said):
+    found = coverage(seen)
+    assert found.verdict == verdict
+    assert len(found.reasons) == len(said)
+    assert all(text in reason for text, reason in zip(said, found.reasons, strict=True))
+
+
+def test_coverage_counts():
+    found = coverage(counts(0, 3, 16, 40, 100))
+    assert (found.min_tokens, found.median_tokens, found.unseen, found.starved) == (0, 16, 1, 2)
+    assert found.starved_share == pytest.approx(0.4)
+
+
+# The command
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["forecast", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return support.saved("mixtral", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"t{3 + (i * d) % 100}" for i in range(80)) for d in range(1, 9)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(model, text, tmp_path_factory) -> Path:
+    """A folder with what one calibration run found, and its forecast."""
+    folder = tmp_path_factory.mktemp("forecast")
+    options = ("--num-samples", 8, "--sequence-length", 16, "--kl-samples", 2, "--group-size", 32)
+    written = ("--save-evidence", folder / "evidence.json", "--output", folder / "forecast.json")
+    result = run(model, "--dataset", text, *options, *written)
+    assert result.exit_code == 0, result.output
+    assert "safe, each alone, for 5 % more perplexity at most" in result.output
+    assert "calibration data: " in result.output
+    return folder
+
+
+def test_the_command_writes_what_it_found(made, model):
+    found = json.loads((made / "forecast.json").read_text())
+    assert {"safe", "points", "coverage", "calibration", "allowed_increase"} == set(found)
+    assert found["coverage"]["tokens"] == 128
+    assert found["coverage"]["verdict"] in ("thin", "poor")
+    assert [point["point"]["blocks"] for point in found["points"][:2]] == [1, 2]
+
+
+def test_the_command_repeats_itself_from_saved_evidence(made, model):
+    again = run(model, "--evidence", made / "evidence.json", "--group-size", 32, "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads((made / "forecast.json").read_text())
+
+
+def test_the_command_forecasts_a_grid(made, model, tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("{points: [{layers: 1, experts: [1, 2], bits: 9}], group_size: 32}")
+    found = run(model, "--evidence", made / "evidence.json", "--grid", grid, "--json")
+    assert found.exit_code == 0, found.output
+    points = [one["point"] for one in json.loads(found.stdout)["points"]]
+    assert points[-1] == {"blocks": 0, "layers": 1, "experts": 2, "bits": 9.0}
+
+
+def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
+    other = support.saved("qwen2_moe", tmp_path)
+    small = support.saved("mixtral", tmp_path, num_layers=2)
+    assert small != model
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"model_type": "mixtral"}')
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("points: [{layers: 1}]")
+    evidence_file, fitting = made / "evidence.json", ("--group-size", 32)
+    for arguments, said in (
+        ((model, "--dataset", empty, *fitting), "is empty; give at least one document"),
+        (
+            (model, "--dataset", text, "--sequence-length", 10_000, *fitting),
+            "less than one sample of 10000 tokens",
+        ),
+        ((other, "--evidence", evidence_file, *fitting), "tells of another model: model_type is"),
+        ((small, "--evidence", evidence_file, *fitting), "tells of another model: blocks is 4"),
+        ((model, "--evidence", evidence_file, "--scheme", "W4AFP8"), "quantizes inputs"),
+        ((model, "--evidence", broken, *fitting), "no evidence of a calibration run: blocks: Field required"),
+        ((model, "--evidence", tmp_path / "none.json", *fitting), "cannot be read"),
+        ((model, "--grid", grid, "--scheme", "W8A16"), "names the schemes"),
+        ((model, "--dataset", text, "--output", tmp_path), "is a directory; name a file"),
+        ((model, "--dataset", text, "--scheme", "W9A99"), "is no preset"),
+        ((model, "--dataset", text), "does not fit the experts of block 0: group size 128 does not divide"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert said in " ".join(result.output.split()), (arguments, result.output)
+    assert "allowed-increase" in run(model, "--allowed-increase", -1).output
+
+
+def test_evidence_with_other_schemes(made, model):
+    candidates = resolve_schemes(["W8A16", "W3A16"], 32, "schemes")
+    with pytest.raises(ValueError, match=r"does not know the schemes \['W3A16'\]"):
+        load_evidence(made / "evidence.json", model_shape(model, candidates))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
+def test_the_shape_from_the_config_is_what_the_planner_sees(family, tmp_path):
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+
+    from llmcompressor_moe.loading import load_model
+    from llmcompressor_moe.quantization.planner import Planner, QuantSettings
+    from llmcompressor_moe.surgery.session import TrimSession
+
+    path = support.saved(family, tmp_path)
+    candidates = resolve_schemes(SCHEMES, 16, "schemes")
+    session = TrimSession.begin(linearize_moe(load_model(path)))
+    planned = Planner(
+        session,
+        QuantSettings(
+            candidates=candidates,
+            attention=None,
+            dense=None,
+            target_bits=1.0,
+            target_size=None,
+            per_expert=False,
+            ignore=[],
+            sensitivity="output_error",
+            sample_tokens=1,
+            seed=0,
+        ),
+    ).sizes()
+    found = model_shape(path, candidates)
+    assert {
+        layer: [{name: (size.bits, size.weights) for name, size in expert.items()} for expert in experts]
+        for layer, experts in found.sizes.items()
+    } == {
+        layer: [{name: (size.bits, size.weights) for name, size in expert.items()} for expert in experts]
+        for layer, experts in planned.items()
+    }
+    assert {index: moe.min_experts for index, moe in session.topology.moe_layers.items()} == {
+        index: room.floor for index, room in found.rooms.items()
+    }
