@@ -5,6 +5,7 @@ import typer
 from llmcompressor_moe.cli.check import check
 from llmcompressor_moe.cli.compress import compress
 from llmcompressor_moe.cli.evaluate import evaluate
+from llmcompressor_moe.cli.forecast import forecast
 from llmcompressor_moe.cli.inspect import inspect
 from llmcompressor_moe.cli.sweep import sweep
 
@@ -18,6 +19,7 @@ app.command()(inspect)
 app.command()(compress)
 app.command()(check)
 app.command()(evaluate)
+app.command()(forecast)
 app.command()(sweep)
 
-__all__ = ["app", "check", "compress", "evaluate", "inspect", "sweep"]
+__all__ = ["app", "check", "compress", "evaluate", "forecast", "inspect", "sweep"]
