@@ -117,6 +117,13 @@ def test_grids_that_cannot_be(tmp_path: Path, content: str, message: str) -> Non
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "grids").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_bundled_grids(path: Path) -> None:
+    assert len(load_grid(path).all_points()) > 10
+
+
 def test_no_grid(tmp_path: Path) -> None:
     with pytest.raises(GridError, match="cannot be read"):
         load_grid(tmp_path / "grid.yaml")
