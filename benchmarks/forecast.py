@@ -395,14 +395,13 @@ def plot(found: dict) -> None:
                 alpha=0.8,
                 label=f"{name}: {kind}",
             )
-    ends = axis.get_xlim()[1] * 1e-5, axis.get_xlim()[1]
-    axis.plot(ends, ends, color="black", linewidth=0.8)
     axis.set(
         xscale="log",
         yscale="log",
         xlabel="measured increase, nats per token",
         ylabel="forecast, nats per token",
     )
+    axis.axline((1, 1), (10, 10), color="black", linewidth=0.8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, ncols=len(found["models"]))
     figure.tight_layout()

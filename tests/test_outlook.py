@@ -369,6 +369,22 @@ def test_coverage_counts():
     assert found.starved_share == pytest.approx(0.4)
 
 
+# What was measured
+
+
+def test_measured_models_keep_what_forecasts_promised():
+    """docs/forecast.json: sweeps against forecasts by a curve that was fitted on other models."""
+    found = json.loads((Path(__file__).parent.parent / "docs" / "forecast.json").read_text())
+    assert Calibration(**found["calibration"]) == bundled_calibration()
+    assert found["left_out"]
+    for model in found["models"].values():
+        assert len(model["points"]) > 20
+        assert model["test"]["spearman"] >= 0.9
+        for row in model["test"]["safe"]:
+            assert max(row["lost"].values(), default=0) <= row["allowed"]
+        assert any(row["lost"] for row in model["test"]["safe"]), "nothing was ever called safe"
+
+
 # The command
 
 
