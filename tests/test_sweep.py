@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
+from llmcompressor_moe.evaluation.speed import SpeedSettings
+from llmcompressor_moe.sweep.columns import columns_of
+from llmcompressor_moe.sweep.curves import trade_off_curves
 from llmcompressor_moe.sweep.grid import Grid, GridError, Point, load_grid
 from llmcompressor_moe.sweep.report import SweepReport, pareto_front
 from llmcompressor_moe.sweep.run import SweepError, SweepSettings, run_sweep
@@ -212,6 +216,27 @@ def test_points_can_be_added(folder: Path, tmp_path: Path, found: SweepReport) -
     more = sweep(folder, tmp_path / "out", GRID | {"points": [{"layers": 1}, {"bits": 7}]})
     assert more.points[:2] == first.points
     assert more.points[2] == found.points[6]
+
+
+def test_speed_is_measured_where_asked(folder: Path, tmp_path: Path, found: SweepReport) -> None:
+    speed = SpeedSettings(prompt_lengths=(8,), new_tokens=3, rounds=1, memory=False)
+    plain = settings(folder)
+    asked = replace(plain, evaluation=replace(plain.evaluation, speed=speed))
+    grid = Grid.model_validate(GRID | {"points": [{"layers": 1}]})
+    timed = run_sweep(folder / "mixtral", grid, tmp_path / "out", asked)
+    base, dropped = timed.points
+    (compared,) = dropped.speed
+    assert dropped.model_copy(update={"speed": []}) == found.points[1]
+    assert timed.timed and not found.timed
+    assert (base.decode_time, dropped.decode_time) == (1, 1 / compared.reached_ratio)
+    assert compared.bytes_ratio > 1
+    curve = trade_off_curves(timed)[2]
+    assert [point.x for point in curve.points] == [1, dropped.decode_time]
+    assert [column.title for column in columns_of(timed) if column not in columns_of(found)].count(
+        "Decode time"
+    ) == 1
+    assert len(trade_off_curves(found)) == 2
+    assert SweepReport.model_validate_json(timed.model_dump_json()) == timed
 
 
 _SCRIPT = """

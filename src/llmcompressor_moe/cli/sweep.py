@@ -40,6 +40,12 @@ def sweep(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")
     ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure decoding at every point, beside the untouched model.")
+    ] = False,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of vLLM's environment, to measure speed there, too.")
+    ] = None,
     keep: Annotated[bool, typer.Option(help="Keep every point's checkpoint.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
 ) -> None:
@@ -50,6 +56,7 @@ def sweep(
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.demo import DEMO_MODEL
     from llmcompressor_moe.evaluation.run import EvaluationSettings
+    from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.sweep.grid import load_grid
     from llmcompressor_moe.sweep.page import write_page
     from llmcompressor_moe.sweep.plots import write_plots
@@ -74,6 +81,8 @@ def sweep(
                     batch_size=batch_size,
                     dtype=dtype,
                     device=device,
+                    speed=SpeedSettings(memory=False) if speed else None,
+                    vllm_python=vllm_python,
                 ),
                 keep=keep,
             ),

@@ -97,6 +97,17 @@ def columns_of(report: SweepReport) -> list[Column]:
             "cache; less is faster",
             _plain(report.read_bytes, bytes_text),
         ),
+        *(
+            [
+                Column(
+                    "Decode time",
+                    "measured time per decoded token over the untouched model's; less is faster",
+                    _plain(lambda p: p.decode_time, number_text),
+                )
+            ]
+            if report.timed
+            else []
+        ),
         Column("Perplexity", "on held-out text; less is better", _plain(report.perplexity, number_text)),
         Column(
             "Increase",

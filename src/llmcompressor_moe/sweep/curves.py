@@ -50,7 +50,7 @@ class Curve:
 
     :param key: short and fit for a file name
     :param cost: what the cost is
-    :param unit: its unit, a binary multiple of bytes
+    :param unit: its unit
     :param points: those whose perplexity is finite, in the report's order
     :param front: names of the points that no other beats, by rising cost
     :param left_out: names of the points whose perplexity is infinite or no number
@@ -108,29 +108,48 @@ def _code(point: Point) -> str:
 
 
 def trade_off_curves(report: SweepReport) -> list[Curve]:
-    """Perplexity against the size of the weight files, and against the bytes that decoding a token reads."""
-    return [
-        _curve("size", "Size of the weight files", report, lambda p: p.size, report.front_by_size()),
-        _curve("reads", "Bytes read per decoded token", report, report.read_bytes, report.front_by_reads()),
+    """Perplexity against the size of the weight files, against the bytes that decoding a token reads, and, where
+    speed was measured, against the time that it takes.
+    """
+    curves = [
+        _in_bytes("size", "Size of the weight files", report, lambda p: p.size, report.front_by_size()),
+        _in_bytes(
+            "reads", "Bytes read per decoded token", report, report.read_bytes, report.front_by_reads()
+        ),
     ]
+    if report.timed:
+        what, unit = "Time per decoded token", "times the untouched model's"
+        curves.append(_curve("time", what, unit, report, lambda p: p.decode_time, report.front_by_time()))
+    return curves
+
+
+def _in_bytes(
+    key: str, cost: str, report: SweepReport, value: Callable[[PointResult], float], front: list[str]
+) -> Curve:
+    power = _power(max((value(p) for p in report.points if math.isfinite(report.perplexity(p))), default=0.0))
+    return _curve(key, cost, _UNITS[power], report, lambda p: value(p) / 1024**power, front)
 
 
 def _curve(
-    key: str, cost: str, report: SweepReport, value: Callable[[PointResult], float], front: list[str]
+    key: str,
+    cost: str,
+    unit: str,
+    report: SweepReport,
+    value: Callable[[PointResult], float],
+    front: list[str],
 ) -> Curve:
     finite = [p for p in report.points if math.isfinite(report.perplexity(p))]
-    power = _power(max((value(p) for p in finite), default=0.0))
     return Curve(
         key=key,
         cost=cost,
-        unit=_UNITS[power],
+        unit=unit,
         points=tuple(
             CurvePoint(
                 name=p.point.name,
                 label=label_of(p.point),
                 code=_code(p.point),
                 kind=kind_of(p.point),
-                x=value(p) / 1024**power,
+                x=value(p),
                 y=report.perplexity(p),
             )
             for p in finite

@@ -34,9 +34,10 @@ class PlotsMissingError(ImportError):
 
 
 def write_plots(report: SweepReport, directory: str | Path) -> list[Path]:
-    """Draw perplexity against size of the weight files and against bytes read per decoded token.
+    """Draw perplexity against size of the weight files, against bytes read per decoded token and, where it was
+    measured, against time.
 
-    :param directory: gets ``trade-off-size.png`` and ``trade-off-reads.png``; a curve without any finite
+    :param directory: gets ``trade-off-size.png``, ``-reads.png`` and ``-time.png``; a curve without any finite
         perplexity is left out
     :return: the files written
     :raises PlotsMissingError: matplotlib is not installed

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation
+from llmcompressor_moe.evaluation.speed import SpeedComparison
 from llmcompressor_moe.evidence import Evidence
 from llmcompressor_moe.sweep.choice import Drops
 from llmcompressor_moe.sweep.grid import Grid, Point
@@ -21,6 +22,7 @@ class PointResult(BaseModel):
     :param schemes: block index -> scheme of its experts; empty where they stayed in 16 bit
     :param size: bytes of the weight files
     :param found: its evaluation; None for the untouched model, whose is `SweepReport.base`
+    :param speed: it beside the untouched model, where speed was asked for: one per engine and shape
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -30,6 +32,16 @@ class PointResult(BaseModel):
     schemes: dict[int, str]
     size: int
     found: CompressedEvaluation | None
+    speed: list[SpeedComparison] = []
+
+    @property
+    def decode_time(self) -> float | None:
+        """Measured time per decoded token over the untouched model's, in the last engine (vLLM, where it was
+        asked for); None where it was not measured.
+        """
+        if self.found is None:
+            return 1.0
+        return 1 / self.speed[-1].reached_ratio if self.speed else None
 
 
 class SweepReport(BaseModel):
@@ -65,6 +77,16 @@ class SweepReport(BaseModel):
     def front_by_reads(self) -> list[str]:
         """The same by bytes read per token, which bound how fast a model decodes."""
         return pareto_front((p.point.name, self.read_bytes(p), self.perplexity(p)) for p in self.points)
+
+    @property
+    def timed(self) -> bool:
+        """Whether speed was measured at every point that is not the untouched model itself."""
+        changed = [p for p in self.points if p.found is not None]
+        return bool(changed) and all(p.speed for p in changed)
+
+    def front_by_time(self) -> list[str]:
+        """The same by measured time per decoded token."""
+        return pareto_front((p.point.name, p.decode_time, self.perplexity(p)) for p in self.points)
 
 
 def pareto_front(points: Iterable[tuple[str, float, float]]) -> list[str]:

@@ -17,6 +17,7 @@ from llmcompressor_moe.checkpoint.atomic import check_can_write
 from llmcompressor_moe.checkpoint.files import write_text
 from llmcompressor_moe.evaluation.report import BaseEvaluation
 from llmcompressor_moe.evaluation.run import BaseRecord, EvaluationSettings, evaluate_compressed, recorded
+from llmcompressor_moe.evaluation.speed import SpeedComparison, compare_speed
 from llmcompressor_moe.evidence import Evidence
 from llmcompressor_moe.evidence.gather import CalibrationSettings, gather_evidence, model_shape
 from llmcompressor_moe.inspection import inspect_model
@@ -192,6 +193,7 @@ def _measure(
         checkpoint = Path(folder) / point.name
         make_variant(model, choice.dropped, choice.schemes, candidates, checkpoint)
         found = evaluate_compressed(record, checkpoint)
+        speed = _speed(model, checkpoint, record.settings)
         if keep:
             kept = output / "checkpoints" / point.name
             shutil.rmtree(kept, ignore_errors=True)
@@ -199,5 +201,17 @@ def _measure(
             checkpoint.rename(kept)
     # The directory is gone, and another run would name another.
     found.path = found.cost.path = point.name
+    for compared in speed:
+        compared.compressed.path = point.name
     size = found.cost.nbytes + found.cost.header_nbytes
-    return PointResult(point=point, dropped=choice.dropped, schemes=choice.schemes, size=size, found=found)
+    return PointResult(
+        point=point, dropped=choice.dropped, schemes=choice.schemes, size=size, found=found, speed=speed
+    )
+
+
+def _speed(model: str | Path, checkpoint: Path, settings: EvaluationSettings) -> list[SpeedComparison]:
+    if settings.speed is None:
+        return []
+    return compare_speed(
+        model, [checkpoint], settings.speed, device=settings.device, vllm_python=settings.vllm_python
+    )
