@@ -279,3 +279,34 @@ def test_output_that_cannot_be_written(folder: Path) -> None:
     result = run("evaluate", folder / "mixtral", folder / "trimmed", "--output", folder)
     assert result.exit_code == 2
     assert "is a directory; name a file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "dtype='int8': choose one of auto"),
+        (["--dispatch-format", "fp9"], "dispatch_format='fp9': choose one of 16-bit"),
+        (["--vllm-python", "/nope", "--speed"], "vllm_python='/nope' is no interpreter"),
+        (["--task", "nope.yaml"], "nope.yaml"),
+    ],
+)
+def test_options_that_cannot_be_end_before_anything_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.text_quality", None)
+    result = run("evaluate", folder / "mixtral", folder / "trimmed", *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_a_missing_model_ends_before_the_others_are_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.text_quality", None)
+    for models in (
+        [folder / "nope", folder / "trimmed"],
+        [folder / "mixtral", folder / "trimmed", folder / "nope"],
+    ):
+        result = run("evaluate", *models)
+        assert result.exit_code == 2
+        assert "nope' has no config.json" in result.output

@@ -19,14 +19,13 @@ from llmcompressor_moe.check import CheckReport, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_write
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
 from llmcompressor_moe.limits import LimitsBrokenError
-from llmcompressor_moe.loading import load_model, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_model, load_tokenizer
 from llmcompressor_moe.recipe_file import read_recipe
 from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.save import is_research_only, rejected
 
 __all__ = ["DTYPES", "PIPELINES", "CompressionSummary", "compress"]
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 PIPELINES = ("independent", "sequential")
 
 

@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.inspection import inspect_model
 
-__all__ = ["load_decompressed", "load_model", "load_tokenizer"]
+__all__ = ["DTYPES", "load_decompressed", "load_model", "load_tokenizer"]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def load_model(path: str | Path, dtype: str = "auto", architecture: str | None = None) -> PreTrainedModel:

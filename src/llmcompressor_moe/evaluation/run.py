@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -22,11 +24,13 @@ from llmcompressor_moe.evaluation.routing import RoutingRecord, compare_records,
 from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
 from llmcompressor_moe.evaluation.sources import evaluation_texts
 from llmcompressor_moe.evaluation.speed import SpeedSettings, compare_speed
+from llmcompressor_moe.evaluation.task_selection import selected_tasks
 from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
 from llmcompressor_moe.evaluation.text import text_quality
 from llmcompressor_moe.evaluation.vllm_engine import VllmError
+from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.limits import Limits, broken_limits
-from llmcompressor_moe.loading import load_decompressed, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_decompressed, load_tokenizer
 
 __all__ = ["BaseRecord", "EvaluationSettings", "evaluate", "evaluate_compressed", "recorded"]
 
@@ -102,6 +106,7 @@ def evaluate(
     :raises FloatingPointError: a model gives NaN or infinite logits
     """
     settings = settings or EvaluationSettings()
+    _check(settings, [base, *compressed])
     with recorded(base, settings, announce) as record:
         results = [evaluate_compressed(record, path, announce) for path in compressed]
     found = Evaluation(source=settings.source, base=record.found, compressed=results, limits=settings.limits)
@@ -118,7 +123,7 @@ def recorded(
 
     :raises ValueError: see `evaluate`
     """
-    _check(settings)
+    _check(settings, [base])
     tokenizer = load_tokenizer(base)
     texts = evaluation_texts(settings.source, tokenizer, settings.max_tokens)
     cost = model_cost(base, contexts=settings.contexts, batches=settings.batches)
@@ -208,12 +213,26 @@ def _measure_speed(found: Evaluation, settings: EvaluationSettings, announce: Ca
             found.speed_errors[engine] = str(error)
 
 
-def _check(settings: EvaluationSettings) -> None:
+def _check(settings: EvaluationSettings, paths: Sequence[str | Path]) -> None:
+    """Find what is wrong before anything is measured."""
     for name in ("max_tokens", "batch_size", "routing_tokens"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: give at least 1.")
+    for name, known in (("dtype", DTYPES), ("dispatch_format", get_args(DispatchFormat))):
+        if getattr(settings, name) not in known:
+            raise ValueError(f"{name}={getattr(settings, name)!r}: choose one of {', '.join(known)}.")
+    python = settings.vllm_python
+    if python is not None and not (os.access(python, os.X_OK) and Path(python).is_file()):
+        raise ValueError(
+            f"vllm_python={str(python)!r} is no interpreter; name the one of an environment that has vLLM, "
+            "such as /path/to/vllm-env/bin/python (docs/serving.md)."
+        )
+    for path in paths:
+        inspect_model(path, schemes=())
     if settings.tasks:
         check_task_options(settings.limit, None, settings.batch_size)
+        with selected_tasks(settings.tasks, settings.include_path):
+            pass
 
 
 def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:
