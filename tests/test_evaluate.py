@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llmcompressor_moe import (
     RouterAwareQuantModifier,
 )
 from llmcompressor_moe.cli import app
+from llmcompressor_moe.evaluation import run as run_module
 from llmcompressor_moe.evaluation.report import Evaluation
 from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
 from llmcompressor_moe.limits import Limits, LimitsBrokenError
@@ -112,6 +115,21 @@ def test_a_model_against_itself(folder: Path) -> None:
     assert (same.agreement.mean_kl, same.agreement.top1_agreement) == (0, 1)
     assert same.routing.mean.top_k_overlap == same.routing.mean.top_k_overlap_kept == 1
     assert same.routing.mean.router_kl == same.routing.mean.replaced == 0
+
+
+def test_the_base_is_let_go_before_others_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, alive = run_module.load_decompressed, []
+
+    def watched(*arguments: Any) -> torch.nn.Module:
+        gc.collect()
+        assert not any(reference() is not None for reference in alive), "two models in memory"
+        model = load(*arguments)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run_module, "load_decompressed", watched)
+    evaluate(folder / "mixtral", [folder / "trimmed", folder / "trimmed"], settings(folder))
+    assert len(alive) == 3
 
 
 def test_json_comes_back(found: Evaluation) -> None:
@@ -293,7 +311,7 @@ def test_output_that_cannot_be_written(folder: Path) -> None:
 def test_options_that_cannot_be_end_before_anything_is_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("llmcompressor_moe.evaluation.run.text_quality", None)
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.recorded_figures", None)
     result = run("evaluate", folder / "mixtral", folder / "trimmed", *options)
     assert result.exit_code == 2, result.output
     assert message in result.output
@@ -302,7 +320,7 @@ def test_options_that_cannot_be_end_before_anything_is_measured(
 def test_a_missing_model_ends_before_the_others_are_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcompressor_moe.evaluation.run.text_quality", None)
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.recorded_figures", None)
     for models in (
         [folder / "nope", folder / "trimmed"],
         [folder / "mixtral", folder / "trimmed", folder / "nope"],

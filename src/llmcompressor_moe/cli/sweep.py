@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli.calibration import CalibrationText, KlSamples, NumSamples, SequenceLength
 from llmcompressor_moe.cli.errors import user_errors
 from llmcompressor_moe.sizes import bytes_text
 
@@ -23,14 +24,10 @@ def sweep(
     model: Annotated[
         Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
     ] = None,
-    dataset: Annotated[
-        str, typer.Option("--dataset", "-d", help="Calibration text; see `compress --help`.")
-    ] = "demo",
-    num_samples: Annotated[int, typer.Option(min=2, help="Calibration samples, at most.")] = 64,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 256,
-    kl_samples: Annotated[
-        int, typer.Option(min=1, help="Samples on which each block and MoE layer is left out once.")
-    ] = 16,
+    dataset: CalibrationText = "demo",
+    num_samples: NumSamples = 64,
+    sequence_length: SequenceLength = 256,
+    kl_samples: KlSamples = 16,
     text: Annotated[str, typer.Option("--text", "-t", help="Text that points are measured on.")] = "demo",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 65536,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens per window.")] = None,

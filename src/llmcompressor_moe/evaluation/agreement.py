@@ -135,6 +135,8 @@ def recorded_base(
                 values[done : done + len(logits)] = logits.cpu()
                 done += len(logits)
         assert values is not None
+        # The model is not needed any more, and a caller's `del` alone would not free it.
+        del base, logits
         yield BaseLogits(documents, grouped, length, stride, values)
 
 

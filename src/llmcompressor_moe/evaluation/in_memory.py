@@ -23,7 +23,7 @@ from llmcompressor_moe.limits import Figures
 from llmcompressor_moe.profile.forward import quantized_as_calibrated
 from llmcompressor_moe.report import DropReport
 
-__all__ = ["BaseFigures", "figures", "figures_of", "recorded_figures", "routing_batches"]
+__all__ = ["BaseFigures", "Measured", "figures", "figures_of", "measured", "recorded_figures"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,44 @@ def recorded_figures(
             logits = stack.enter_context(recorded_base(model, tokenizer, texts, **windows))
             routing = record_routing(
                 model,
-                routing_batches(tokenizer, texts, logits.length, asked=length is not None),
+                _routing_batches(tokenizer, texts, logits.length, asked=length is not None),
                 max_tokens=routing_tokens,
             )
+        # Whoever is done with the model shall not find it held here.
+        del model
         yield BaseFigures(tokenizer, texts, batch_size, text, length is not None, logits, routing)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model beside the one that was recorded."""
+
+    text: TextQuality
+    agreement: Agreement
+    routing: RoutingRecord
+
+
+def measured(model: PreTrainedModel, base: BaseFigures) -> Measured:
+    """Let a model answer what its base answered.
+
+    :raises FloatingPointError: it gives NaN or infinite logits
+    """
+    return Measured(
+        text=text_quality(
+            model,
+            base.tokenizer,
+            base.texts,
+            base.logits.length,
+            base.logits.stride,
+            batch_size=base.batch_size,
+        ),
+        agreement=agreement(base.logits, model),
+        routing=record_routing(
+            model,
+            _routing_batches(base.tokenizer, base.texts, base.logits.length, asked=base.asked),
+            max_tokens=base.routing.tokens,
+        ),
+    )
 
 
 def figures_of(model: PreTrainedModel, base: BaseFigures, history: Sequence[DropReport]) -> Figures:
@@ -74,37 +108,22 @@ def figures_of(model: PreTrainedModel, base: BaseFigures, history: Sequence[Drop
     :raises FloatingPointError: it gives NaN or infinite logits
     """
     with HooksMixin.disable_hooks(), quantized_as_calibrated(model):
-        text = text_quality(
-            model,
-            base.tokenizer,
-            base.texts,
-            base.logits.length,
-            base.logits.stride,
-            batch_size=base.batch_size,
-        )
-        agreed = agreement(base.logits, model)
-        routing = record_routing(
-            model,
-            routing_batches(base.tokenizer, base.texts, base.logits.length, asked=base.asked),
-            max_tokens=base.routing.tokens,
-        )
-    return figures(base.text, text, agreed, compare_records(base.routing, routing, history))
+        found = measured(model, base)
+    return figures(base, found, compare_records(base.routing, found.routing, history))
 
 
-def figures(
-    before: TextQuality, after: TextQuality, agreed: Agreement, routing: RoutingComparison
-) -> Figures:
+def figures(base: BaseFigures, found: Measured, routing: RoutingComparison) -> Figures:
     """What limits look at, from what was measured."""
     return Figures(
-        perplexity_increase=after.perplexity / before.perplexity - 1,
-        kl=agreed.mean_kl,
-        top1_agreement=agreed.top1_agreement,
+        perplexity_increase=found.text.perplexity / base.text.perplexity - 1,
+        kl=found.agreement.mean_kl,
+        top1_agreement=found.agreement.top1_agreement,
         routing_overlap=routing.mean.top_k_overlap_kept if routing.mean else None,
         replaced=routing.mean.replaced if routing.mean else None,
     )
 
 
-def routing_batches(
+def _routing_batches(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, *, asked: bool
 ) -> list[dict[str, torch.Tensor]]:
     """Windows of running text for routers to be compared on.

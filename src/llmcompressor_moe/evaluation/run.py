@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +13,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompressor_moe.evaluation.agreement import BaseLogits, agreement, recorded_base
 from llmcompressor_moe.evaluation.communication import DispatchFormat, compare_communication
 from llmcompressor_moe.evaluation.cost import model_cost
 from llmcompressor_moe.evaluation.history import read_history
-from llmcompressor_moe.evaluation.in_memory import figures, routing_batches
+from llmcompressor_moe.evaluation.in_memory import BaseFigures, figures, measured, recorded_figures
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
-from llmcompressor_moe.evaluation.routing import RoutingRecord, compare_records, record_routing
+from llmcompressor_moe.evaluation.routing import compare_records
 from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
 from llmcompressor_moe.evaluation.sources import evaluation_texts
 from llmcompressor_moe.evaluation.speed import SpeedSettings, compare_speed
 from llmcompressor_moe.evaluation.task_selection import selected_tasks
 from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
-from llmcompressor_moe.evaluation.text import text_quality
-from llmcompressor_moe.evaluation.vllm_engine import VllmError
+from llmcompressor_moe.evaluation.vllm_engine import VllmError, check_interpreter
 from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.limits import Limits, broken_limits
 from llmcompressor_moe.loading import DTYPES, load_decompressed, load_tokenizer
@@ -85,10 +82,7 @@ class BaseRecord:
 
     settings: EvaluationSettings
     found: BaseEvaluation
-    tokenizer: PreTrainedTokenizerBase
-    texts: list[str]
-    logits: BaseLogits
-    routing: RoutingRecord
+    figures: BaseFigures
 
 
 def evaluate(
@@ -129,20 +123,20 @@ def recorded(
     cost = model_cost(base, contexts=settings.contexts, batches=settings.batches)
     announce(f"Base model: {base}")
     model = _load(base, settings)
-    windows = {"length": settings.length, "stride": settings.stride, "batch_size": settings.batch_size}
-    text = text_quality(model, tokenizer, texts, **windows)
-    with recorded_base(model, tokenizer, texts, **windows) as logits:
-        routing = record_routing(
-            model,
-            routing_batches(tokenizer, texts, logits.length, asked=settings.length is not None),
-            max_tokens=settings.routing_tokens,
-        )
-        found = BaseEvaluation(
-            path=str(base), text=text, cost=cost, tasks=_tasks(base, model, tokenizer, settings)
-        )
+    with recorded_figures(
+        model,
+        tokenizer,
+        texts,
+        settings.length,
+        settings.stride,
+        batch_size=settings.batch_size,
+        routing_tokens=settings.routing_tokens,
+    ) as measurements:
+        scores = _tasks(base, model, tokenizer, settings)
         del model
         gc.collect()
-        yield BaseRecord(settings, found, tokenizer, texts, logits, routing)
+        found = BaseEvaluation(path=str(base), text=measurements.text, cost=cost, tasks=scores)
+        yield BaseRecord(settings, found, measurements)
 
 
 def evaluate_compressed(
@@ -157,33 +151,20 @@ def evaluate_compressed(
     history, base_history = read_history(path), read_history(record.found.path)
     cost = model_cost(path, contexts=settings.contexts, batches=settings.batches)
     model = _load(path, settings)
-    logits = record.logits
-    text = text_quality(
-        model,
-        record.tokenizer,
-        record.texts,
-        length=logits.length,
-        stride=logits.stride,
-        batch_size=settings.batch_size,
-    )
-    agreed = agreement(logits, model)
-    routing = record_routing(
-        model,
-        routing_batches(record.tokenizer, record.texts, logits.length, asked=settings.length is not None),
-        max_tokens=settings.routing_tokens,
-    )
-    compared = compare_records(record.routing, routing, history, base_history=base_history)
+    base = record.figures
+    found = measured(model, base)
+    compared = compare_records(base.routing, found.routing, history, base_history=base_history)
     return CompressedEvaluation(
         path=str(path),
-        text=text,
+        text=found.text,
         cost=cost,
-        tasks=_tasks(path, model, record.tokenizer, settings),
-        agreement=agreed,
+        tasks=_tasks(path, model, base.tokenizer, settings),
+        agreement=found.agreement,
         routing=compared,
         communication=[
             compare_communication(
-                record.routing,
-                routing,
+                base.routing,
+                found.routing,
                 history,
                 ranks,
                 base_history=base_history,
@@ -191,7 +172,7 @@ def evaluate_compressed(
             )
             for ranks in settings.ranks
         ],
-        broken_limits=broken_limits(settings.limits, figures(record.found.text, text, agreed, compared)),
+        broken_limits=broken_limits(settings.limits, figures(base, found, compared)),
     )
 
 
@@ -221,12 +202,8 @@ def _check(settings: EvaluationSettings, paths: Sequence[str | Path]) -> None:
     for name, known in (("dtype", DTYPES), ("dispatch_format", get_args(DispatchFormat))):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name}={getattr(settings, name)!r}: choose one of {', '.join(known)}.")
-    python = settings.vllm_python
-    if python is not None and not (os.access(python, os.X_OK) and Path(python).is_file()):
-        raise ValueError(
-            f"vllm_python={str(python)!r} is no interpreter; name the one of an environment that has vLLM, "
-            "such as /path/to/vllm-env/bin/python (docs/serving.md)."
-        )
+    if settings.vllm_python is not None:
+        check_interpreter(settings.vllm_python, "vllm_python")
     for path in paths:
         inspect_model(path, schemes=())
     if settings.tasks:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmcompressor_moe.evaluation.turn import Turn
 
-__all__ = ["VllmError", "VllmProcess"]
+__all__ = ["VllmError", "VllmProcess", "check_interpreter"]
 
 _RUNNER = Path(__file__).with_name("vllm_runner.py")
 # The user's environment wins over these. An engine in the runner's own process can be timed step by step, and its
@@ -30,6 +30,19 @@ _SHOWN_LINES = 25
 
 class VllmError(RuntimeError):
     """vLLM could not load a checkpoint, or stopped."""
+
+
+def check_interpreter(python: str | Path, field: str) -> None:
+    """Refuse what cannot be vLLM's interpreter.
+
+    :param field: its name in the message
+    :raises ValueError: it is no file that can be run
+    """
+    if not os.access(python, os.X_OK) or Path(python).is_dir():
+        raise ValueError(
+            f"{field}={str(python)!r} is no interpreter; name the one of an environment that has vLLM, such as "
+            "/path/to/vllm-env/bin/python (docs/serving.md)."
+        )
 
 
 class VllmProcess:
@@ -50,11 +63,7 @@ class VllmProcess:
         options: Mapping[str, Any] | None = None,
         timeout: float = 1800,
     ):
-        if not os.access(python, os.X_OK) or Path(python).is_dir():
-            raise ValueError(
-                f"python={str(python)!r} is no interpreter; name the one of an environment that has vLLM, such as "
-                "/path/to/vllm-env/bin/python (docs/serving.md)."
-            )
+        check_interpreter(python, "python")
         self.path, self.timeout = Path(path), timeout
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (close() does)
         self._process = subprocess.Popen(

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
 
-__all__ = ["StoredSize", "linear_size", "scheme_bits", "tensor_size"]
+__all__ = ["StoredSize", "linear_size", "tensor_size"]
 
 _DTYPES = {
     torch.bfloat16: "BF16",
@@ -99,9 +99,3 @@ def _compressed(
     return compressed_tensors_of(
         in_features, out_features, bias, parsed, infer_module_format(nn.Linear, parsed), dtype
     )
-
-
-def scheme_bits(linear: nn.Linear, scheme: QuantizationScheme | None) -> float:
-    """Bits per weight of one Linear under a scheme, scales and zero points counted."""
-    size = linear_size("", linear, scheme)
-    return size.bits / size.weights
