@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -51,7 +53,15 @@ def test_nan_breaks_every_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_kl": -1}, {"min_top1_agreement": 1.1}, {"max_replaced": 2}, {"max_x": 1}]
+    "fields",
+    [
+        {"max_kl": -1},
+        {"max_kl": math.inf},
+        {"max_perplexity_increase": math.nan},
+        {"min_top1_agreement": 1.1},
+        {"max_replaced": 2},
+        {"max_x": 1},
+    ],
 )
 def test_limits_that_cannot_be(fields: dict) -> None:
     with pytest.raises(ValidationError):

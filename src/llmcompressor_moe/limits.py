@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["BrokenLimit", "Figures", "Limits", "LimitsBrokenError", "broken_limits"]
+
+
+# A limit that everything keeps is a slip, not a limit.
+AtMost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Limits(BaseModel):
@@ -19,11 +26,11 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_perplexity_increase: float | None = Field(default=None, ge=0)
-    max_kl: float | None = Field(default=None, ge=0)
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    min_routing_overlap: float | None = Field(default=None, ge=0, le=1)
-    max_replaced: float | None = Field(default=None, ge=0, le=1)
+    max_perplexity_increase: AtMost | None = None
+    max_kl: AtMost | None = None
+    min_top1_agreement: Share | None = None
+    min_routing_overlap: Share | None = None
+    max_replaced: Share | None = None
 
     @property
     def any(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from llmcompressor_moe.evaluation.in_memory import BaseFigures, figures_of, recorded_figures
 from llmcompressor_moe.evaluation.sources import evaluation_texts
-from llmcompressor_moe.limits import Limits, broken_limits
+from llmcompressor_moe.limits import AtMost, Limits, Share, broken_limits
 from llmcompressor_moe.loading import load_tokenizer
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_after
 from llmcompressor_moe.report import DropReport
@@ -49,11 +49,11 @@ class QualityGateModifier(MoEModifier):
     length: int | None = Field(default=None, ge=1)
     stride: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1)
-    max_perplexity_increase: float | None = Field(default=None, ge=0)
-    max_kl: float | None = Field(default=None, ge=0)
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    min_routing_overlap: float | None = Field(default=None, ge=0, le=1)
-    max_replaced: float | None = Field(default=None, ge=0, le=1)
+    max_perplexity_increase: AtMost | None = None
+    max_kl: AtMost | None = None
+    min_top1_agreement: Share | None = None
+    min_routing_overlap: Share | None = None
+    max_replaced: Share | None = None
 
     _open: contextlib.ExitStack = PrivateAttr(default_factory=contextlib.ExitStack)
     _base: BaseFigures | None = PrivateAttr(default=None)
