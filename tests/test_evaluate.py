@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from llmcompressor_moe.evaluation import run as run_module
 from llmcompressor_moe.evaluation.report import Evaluation
 from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
 from llmcompressor_moe.limits import Limits, LimitsBrokenError
-from llmcompressor_moe.loading import load_decompressed
+from llmcompressor_moe.loading import load_decompressed, load_model
 
 LENGTH = 16
 
@@ -306,15 +307,96 @@ def test_output_that_cannot_be_written(folder: Path) -> None:
         (["--dispatch-format", "fp9"], "dispatch_format='fp9': choose one of 16-bit"),
         (["--vllm-python", "/nope", "--speed"], "vllm_python='/nope' is no interpreter"),
         (["--task", "nope.yaml"], "nope.yaml"),
+        (["--include-path", "tests"], "include_path='tests' is about tasks, but there is none"),
+        (["--limit", 3], "limit='3' is about tasks, but there is none"),
+        (["--device", "nonsense"], "device='nonsense' cannot be used"),
+        (["--device", "meta"], "device='meta' cannot be used"),
+        (["--ranks", 9], "ranks=9: a layer of"),
+        (["--length", 999], "length is 999, but the model has 256 positions"),
+        (["--length", 16, "--stride", 17], "stride is 17 at length 16"),
+        (["--speed", "--prompt-length", 999], "make 1063 tokens"),
+        (["--max-kl", "inf"], "max_kl=inf: Input should be a finite number"),
     ],
 )
 def test_options_that_cannot_be_end_before_anything_is_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.setattr("llmcompressor_moe.evaluation.run.recorded_figures", None)
-    result = run("evaluate", folder / "mixtral", folder / "trimmed", *options)
+    text = ["--text", folder / "text.txt"]
+    result = run("evaluate", folder / "mixtral", folder / "trimmed", *text, *options)
     assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message in " ".join(result.output.split())
+
+
+def copied(path: Path, target: Path, **weights: torch.Tensor | None) -> Path:
+    """A copy of a model with other weights; None: without."""
+    shutil.copytree(path, target)
+    changed = load_file(target / "model.safetensors") | weights
+    kept = {name: value for name, value in changed.items() if value is not None}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+NORM = "model.norm.weight"
+
+
+def test_compressed_models_are_looked_at_before_the_base_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.load_decompressed", None)
+    trimmed = folder / "trimmed"
+    cut = copied(trimmed, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((trimmed / "model.safetensors").read_bytes()[:-9])
+    unsaid = copied(trimmed, tmp_path / "unsaid")
+    (unsaid / "trimming.json").unlink()
+    garbage = copied(trimmed, tmp_path / "garbage")
+    (garbage / "trimming.json").write_text("garbage")
+    small = support.saved("mixtral", tmp_path, vocab_size=120)
+    for model, message in (
+        (cut, "the tensors end at byte"),
+        (
+            copied(trimmed, tmp_path / "lacking", **{NORM: None}),
+            f"{NORM}: config.json demands it, no file holds",
+        ),
+        (copied(trimmed, tmp_path / "wrong", **{NORM: torch.ones(3)}), f"{NORM}: stored as [3], config.json"),
+        (unsaid, "no history (trimming.json) beside it"),
+        (garbage, "trimming.json is not JSON"),
+        (support.saved("qwen2_moe", tmp_path), "is of model_type 'qwen2_moe', the base"),
+        (small, "a vocabulary of 128 tokens, the other model one of 120"),
+    ):
+        result = run("evaluate", folder / "mixtral", model, "--text", folder / "text.txt", "--length", LENGTH)
+        assert result.exit_code == 2, (model, result.output, result.exception)
+        assert message in " ".join(result.output.split()), (model, result.output)
+
+
+def test_weights_that_are_not_there_are_never_made_up(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lack 1 weights that its config demands, model\.norm\.weight"):
+        load_model(copied(folder / "mixtral", tmp_path / "lacking", **{NORM: None}))
+    with pytest.raises(ValueError, match="its weights cannot be loaded"):
+        load_model(copied(folder / "mixtral", tmp_path / "wrong", **{NORM: torch.ones(3)}))
+
+
+def test_broken_tasks_end_before_anything_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.load_decompressed", None)
+    (tmp_path / "task.yaml").write_text(
+        "{task: x, dataset_path: json, dataset_kwargs: {data_files: none.jsonl}}"
+    )
+    models = [folder / "mixtral", folder / "trimmed"]
+    result = run("evaluate", *models, "--text", folder / "text.txt", "--task", tmp_path / "task.yaml")
+    assert result.exit_code == 2, result.output
+    assert "cannot be set up (FileNotFoundError" in result.output
+
+
+def test_what_is_read_is_not_replaced(folder: Path) -> None:
+    for path in (folder / "mixtral" / "config.json", folder / "text.txt"):
+        before = path.read_bytes()
+        models = [folder / "mixtral", folder / "trimmed"]
+        result = run("evaluate", *models, "--text", folder / "text.txt", "--output", path)
+        assert result.exit_code == 2
+        assert "would replace a file that is read" in result.output
+        assert path.read_bytes() == before
 
 
 def test_a_missing_model_ends_before_the_others_are_measured(

@@ -82,14 +82,20 @@ def documents(source: str, num_samples: int) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CalibrationDataError(f"dataset {str(path)!r} cannot be read ({reason}).") from error
+        # Without the mark that some editors begin a file with, which is no text.
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CalibrationDataError(
+            f"dataset {str(path)!r} cannot be read ({error.strerror}); name a file that is there."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationDataError(
+            f"dataset {str(path)!r} cannot be read ({error}); save it as UTF-8."
+        ) from error
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(_read(path).splitlines(), start=1) if line.strip()]
+    return [(number, line) for number, line in enumerate(_read(path).split("\n"), start=1) if line.strip()]
 
 
 def _text_of(line: str, number: int, path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from compressed_tensors.quantization import disable_quantization
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +29,21 @@ def load_model(path: str | Path, dtype: str = "auto", architecture: str | None =
     """
     architecture = architecture or inspect_model(path, schemes=()).architecture
     with load_trimmed_moe():
-        return getattr(transformers, architecture).from_pretrained(path, dtype=dtype, local_files_only=True)
+        try:
+            model, found = getattr(transformers, architecture).from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"model {str(path)!r}: its weights cannot be loaded ({' '.join(str(error).split())}); "
+                "`llmcompressor-moe check` says more."
+            ) from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"model {str(path)!r}: its files lack {len(found['missing_keys'])} weights that its config demands, "
+            f"{min(found['missing_keys'])} for one; copy it again. `llmcompressor-moe check` says more."
+        )
+    return model
 
 
 def load_decompressed(path: str | Path, dtype: str = "auto") -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_write
@@ -11,14 +12,21 @@ from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_
 __all__ = ["check_can_write_file", "write_bytes", "write_text"]
 
 
-def check_can_write_file(path: str | Path) -> None:
+def check_can_write_file(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
     """Make sure that a file can be written before anything is computed for it.
 
-    :raises OutputDirectoryError: it is a directory, or its folder cannot be written
+    :param inputs: files and model directories that are read, of which nothing may be replaced
+    :raises OutputDirectoryError: it is a directory, its folder cannot be written, or it is one of the inputs
     """
     path = Path(path).absolute()
     if path.is_dir():
         raise OutputDirectoryError(f"output {str(path)!r} is a directory; name a file.")
+    real = path.resolve()
+    read = {Path(one).resolve() for one in inputs if Path(one).exists()}
+    if path.exists() and (read & {real, *real.parents}):
+        raise OutputDirectoryError(
+            f"output {str(path)!r} would replace a file that is read; name another, or delete it before."
+        )
     check_can_write(path.parent)
 
 

@@ -339,6 +339,21 @@ def read_layout(path: str | Path) -> CheckpointLayout:
     return CheckpointLayout(root, tuple(files), tensors, tuple(problems))
 
 
+def whole_layout(path: str | Path) -> CheckpointLayout:
+    """The layout of a checkpoint whose weights can be relied on.
+
+    :param path: its directory, or the config.json in it
+    :raises ValueError: a file is missing or damaged, or the index is not that of the files; names the first
+    """
+    path = Path(path)
+    layout = read_layout(path.parent if path.name == "config.json" else path)
+    problems = [problem for problem in layout.problems if not problem.warning]
+    if problems:
+        first = problems[0]
+        raise ValueError(f"{layout.path}: {first.subject}: {first.message}; {first.way_out}.")
+    return layout
+
+
 def _index_problems(
     weight_map: dict[str, str], tensors: dict[str, TensorInfo], unread: set[str]
 ) -> Iterator[LayoutProblem]:

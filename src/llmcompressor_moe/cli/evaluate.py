@@ -93,7 +93,7 @@ def evaluate(
     steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
         if output is not None:
-            check_can_write_file(output)
+            check_can_write_file(output, [base, *compressed, text])
         settings = EvaluationSettings(
             source=text,
             max_tokens=max_tokens,

@@ -39,7 +39,7 @@ from llmcompressor_moe.sizes import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Agreement", "BaseLogits", "agreement", "recorded_base"]
+__all__ = ["Agreement", "BaseLogits", "agreement", "recorded_base", "require_same_vocabulary"]
 
 # Rows of logits that are in float64 at a time: half a dozen blocks of 0.15 GB with a vocabulary of 150,000.
 _ROWS = 128
@@ -121,7 +121,7 @@ def recorded_base(
             f"directory is {str(directory)!r}, which is no folder; name one with room for the logits"
         )
     documents = tokenized(tokenizer, texts, running_text=running_text)
-    length, stride, found = choose_windows(base, documents, length, stride)
+    length, stride, found = choose_windows(base.config, documents, length, stride)
     grouped = batches(found, batch_size)
     rows = sum(window.scored for window in found)
     with tempfile.TemporaryDirectory(prefix="base-logits-", dir=directory) as folder:
@@ -150,15 +150,15 @@ def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
         zero; names the window
     """
     vocabulary = recording.values.shape[1]
-    _same_vocabulary(vocabulary, vocabulary_size(model))
-    check_fits(model, recording.documents, recording.length)
+    require_same_vocabulary(vocabulary, vocabulary_size(model.config))
+    check_fits(model.config, recording.documents, recording.length)
     divergences: list[Tensor] = []
     same = done = 0
     with evaluation_mode(model):
         for batch in tqdm(recording.batches, desc="Agreement", leave=False):
             logits, targets = window_logits(model, recording.documents, batch)
             flat = logits.flatten(0, 1)
-            _same_vocabulary(vocabulary, flat.shape[1])
+            require_same_vocabulary(vocabulary, flat.shape[1])
             base = recording.values[done : done + len(flat)].to(flat.device)
             done += len(flat)
             found = torch.cat(
@@ -215,8 +215,12 @@ def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def _same_vocabulary(base: int, other: int | None) -> None:
-    if other is not None and base != other:
+def require_same_vocabulary(base: int | None, other: int | None) -> None:
+    """Refuse to compare distributions over different vocabularies; None is unknown.
+
+    :raises ValueError: they differ in size
+    """
+    if None not in (base, other) and base != other:
         raise ValueError(
             f"the base model has a vocabulary of {base} tokens, the other model one of {other}; compare a model "
             "with the one that it was made from"

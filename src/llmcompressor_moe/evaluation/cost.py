@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.expected import ExpectedModel, lay_out
 from llmcompressor_moe.check.naming import Naming, find_naming
-from llmcompressor_moe.checkpoint.layout import CheckpointLayout, TensorInfo, read_layout
+from llmcompressor_moe.checkpoint.layout import CheckpointLayout, TensorInfo, whole_layout
 from llmcompressor_moe.inspection import inspect_model, read_config
 from llmcompressor_moe.parts import EMBEDDINGS, EXPERTS, HEAD, OTHER, PARTS, ROUTER, SHARED, block_of, part_of
 from llmcompressor_moe.topology import Block, Topology
@@ -249,7 +249,7 @@ def model_cost(
             _positive(name, value)
     inspection = inspect_model(path, ())
     config = read_config(path)
-    layout = _whole_layout(path)
+    layout = whole_layout(path)
     expected = lay_out(config, layout.tensors)
     stored = _read(expected, layout)
     flops, notes = _linear_flops(expected.model, expected.topology)
@@ -329,16 +329,6 @@ def _check_routing(routing: Mapping[int, Sequence[float]], layers: Sequence[Expe
                 f"routing[{layer.block}] adds up to {total:.4g}; shares of tokens add up to top-k, {wanted}. "
                 "Divide counts by the number of tokens, not by their sum."
             )
-
-
-def _whole_layout(path: str | Path) -> CheckpointLayout:
-    path = Path(path)
-    layout = read_layout(path.parent if path.name == "config.json" else path)
-    problems = [problem for problem in layout.problems if not problem.warning]
-    if problems:
-        first = problems[0]
-        raise ValueError(f"{layout.path}: {first.subject}: {first.message}; {first.way_out}.")
-    return layout
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.demo import token_rows
 from llmcompressor_moe.evaluation.agreement import Agreement, BaseLogits, agreement, recorded_base
@@ -19,11 +19,12 @@ from llmcompressor_moe.evaluation.routing import (
     record_routing,
 )
 from llmcompressor_moe.evaluation.text import TextQuality, text_quality
+from llmcompressor_moe.evaluation.windows import choose_windows, tokenized
 from llmcompressor_moe.limits import Figures
 from llmcompressor_moe.profile.forward import quantized_as_calibrated
 from llmcompressor_moe.report import DropReport
 
-__all__ = ["BaseFigures", "Measured", "figures", "figures_of", "measured", "recorded_figures"]
+__all__ = ["BaseFigures", "Measured", "check_text", "figures", "figures_of", "measured", "recorded_figures"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class BaseFigures:
     asked: bool
     logits: BaseLogits
     routing: RoutingRecord
+
+
+def check_text(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    length: int | None = None,
+    stride: int | None = None,
+) -> None:
+    """Refuse a text or windows that a model cannot be measured on, from its config.
+
+    :raises ValueError: see `text.text_quality`; or the text is shorter than one window
+    """
+    length_used, *_ = choose_windows(config, tokenized(tokenizer, texts), length, stride)
+    _routing_batches(tokenizer, texts, length_used, asked=length is not None)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -13,23 +13,39 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompressor_moe.check.config import first_line
+from llmcompressor_moe.check.weights import require_weights
+from llmcompressor_moe.evaluation.agreement import require_same_vocabulary
 from llmcompressor_moe.evaluation.communication import DispatchFormat, compare_communication
 from llmcompressor_moe.evaluation.cost import model_cost
-from llmcompressor_moe.evaluation.history import read_history
-from llmcompressor_moe.evaluation.in_memory import BaseFigures, figures, measured, recorded_figures
+from llmcompressor_moe.evaluation.history import ModelLayout, match_layouts, read_history
+from llmcompressor_moe.evaluation.in_memory import (
+    BaseFigures,
+    check_text,
+    figures,
+    measured,
+    recorded_figures,
+)
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
 from llmcompressor_moe.evaluation.routing import compare_records
 from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
 from llmcompressor_moe.evaluation.sources import evaluation_texts
-from llmcompressor_moe.evaluation.speed import SpeedSettings, compare_speed
-from llmcompressor_moe.evaluation.task_selection import selected_tasks
-from llmcompressor_moe.evaluation.tasks import TaskScore, check_task_options, run_tasks
+from llmcompressor_moe.evaluation.speed import SpeedSettings, check_speed, compare_speed
+from llmcompressor_moe.evaluation.tasks import TaskScore, check_tasks, run_tasks
 from llmcompressor_moe.evaluation.vllm_engine import VllmError, check_interpreter
-from llmcompressor_moe.inspection import inspect_model
+from llmcompressor_moe.evaluation.windows import vocabulary_size
+from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config
 from llmcompressor_moe.limits import Limits, broken_limits
 from llmcompressor_moe.loading import DTYPES, load_decompressed, load_tokenizer
 
-__all__ = ["BaseRecord", "EvaluationSettings", "evaluate", "evaluate_compressed", "recorded"]
+__all__ = [
+    "BaseRecord",
+    "EvaluationSettings",
+    "check_evaluation",
+    "evaluate",
+    "evaluate_compressed",
+    "recorded",
+]
 
 
 @dataclass(frozen=True)
@@ -100,8 +116,7 @@ def evaluate(
     :raises FloatingPointError: a model gives NaN or infinite logits
     """
     settings = settings or EvaluationSettings()
-    _check(settings, [base, *compressed])
-    with recorded(base, settings, announce) as record:
+    with recorded(base, settings, announce, compressed) as record:
         results = [evaluate_compressed(record, path, announce) for path in compressed]
     found = Evaluation(source=settings.source, base=record.found, compressed=results, limits=settings.limits)
     if settings.speed is not None:
@@ -111,15 +126,17 @@ def evaluate(
 
 @contextlib.contextmanager
 def recorded(
-    base: str | Path, settings: EvaluationSettings, announce: Callable[[str], None] = lambda step: None
+    base: str | Path,
+    settings: EvaluationSettings,
+    announce: Callable[[str], None] = lambda step: None,
+    compressed: Sequence[str | Path] = (),
 ) -> Iterator[BaseRecord]:
     """Measure a base model and keep what models made from it are compared with, in a temporary file.
 
+    :param compressed: models that are going to be, where they are there already
     :raises ValueError: see `evaluate`
     """
-    _check(settings, [base])
-    tokenizer = load_tokenizer(base)
-    texts = evaluation_texts(settings.source, tokenizer, settings.max_tokens)
+    tokenizer, texts = check_evaluation(settings, base, compressed)
     cost = model_cost(base, contexts=settings.contexts, batches=settings.batches)
     announce(f"Base model: {base}")
     model = _load(base, settings)
@@ -194,22 +211,85 @@ def _measure_speed(found: Evaluation, settings: EvaluationSettings, announce: Ca
             found.speed_errors[engine] = str(error)
 
 
-def _check(settings: EvaluationSettings, paths: Sequence[str | Path]) -> None:
-    """Find what is wrong before anything is measured."""
-    for name in ("max_tokens", "batch_size", "routing_tokens"):
+def check_evaluation(
+    settings: EvaluationSettings, base: str | Path, compressed: Sequence[str | Path] = ()
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Find what is wrong before any weights are read.
+
+    :return: the base's tokenizer and the text
+    :raises ValueError: see `evaluate`
+    """
+    _check_options(settings)
+    inspected = {path: inspect_model(path, schemes=()) for path in (base, *compressed)}
+    for path in inspected:
+        require_weights(path)
+    most = max(layer.experts for layer in inspected[base].moe_layers)
+    if settings.ranks and max(settings.ranks) > most:
+        raise ValueError(
+            f"ranks={max(settings.ranks)}: a layer of {str(base)!r} has {most} experts, so ranks would be left "
+            f"without any; give at most {most}."
+        )
+    for path in compressed:
+        _check_made_from(base, path, inspected)
+    tokenizer = load_tokenizer(base)
+    texts = evaluation_texts(settings.source, tokenizer, settings.max_tokens)
+    check_text(read_config(base).parsed, tokenizer, texts, settings.length, settings.stride)
+    if settings.speed is not None:
+        check_speed([base, *compressed], settings.speed)
+    if settings.tasks:
+        check_tasks(
+            settings.tasks, settings.include_path, settings.limit, served=settings.vllm_python is not None
+        )
+    return tokenizer, texts
+
+
+def _check_options(settings: EvaluationSettings) -> None:
+    for name in ("max_tokens", "batch_size", "routing_tokens", *(["limit"] if settings.limit else [])):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: give at least 1.")
     for name, known in (("dtype", DTYPES), ("dispatch_format", get_args(DispatchFormat))):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name}={getattr(settings, name)!r}: choose one of {', '.join(known)}.")
+    for name in ("include_path", "limit"):
+        if getattr(settings, name) is not None and not settings.tasks:
+            raise ValueError(
+                f"{name}={str(getattr(settings, name))!r} is about tasks, but there is none; name one."
+            )
     if settings.vllm_python is not None:
         check_interpreter(settings.vllm_python, "vllm_python")
-    for path in paths:
-        inspect_model(path, schemes=())
-    if settings.tasks:
-        check_task_options(settings.limit, None, settings.batch_size)
-        with selected_tasks(settings.tasks, settings.include_path):
-            pass
+    if settings.device is not None:
+        _check_device(settings.device)
+
+
+def _check_device(device: str) -> None:
+    try:
+        # Moved back: what lies on the meta device holds no values.
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device={device!r} cannot be used ({first_line(error)}); give cpu, or an accelerator that torch sees "
+            "here, such as cuda."
+        ) from error
+
+
+def _check_made_from(
+    base: str | Path, path: str | Path, inspected: Mapping[str | Path, ModelInspection]
+) -> None:
+    """By config and history; whether weights tell of it, nothing says."""
+    ours, theirs = inspected[base].model_type, inspected[path].model_type
+    if ours != theirs:
+        raise ValueError(
+            f"model {str(path)!r} is of model_type {theirs!r}, the base {str(base)!r} of {ours!r}; compare a "
+            "model with the one that it was made from."
+        )
+    require_same_vocabulary(*(vocabulary_size(read_config(one).parsed) for one in (base, path)))
+    before, after = (
+        ModelLayout(
+            inspected[one].blocks, {layer.index: layer.experts for layer in inspected[one].moe_layers}
+        )
+        for one in (base, path)
+    )
+    match_layouts(before, after, read_history(path), read_history(base))
 
 
 def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:

@@ -272,7 +272,7 @@ def compare_speed(
     if not compressed:
         raise ValueError("compressed is empty; name at least one checkpoint to compare with the base.")
     paths = [base, *compressed]
-    _check(paths, settings)
+    check_speed(paths, settings)
     costs = [model_cost(path) for path in paths]
     found = []
     for engine in engines:
@@ -432,7 +432,7 @@ def _latency(
     )
 
 
-def _check(paths: Sequence[str | Path], settings: SpeedSettings) -> None:
+def check_speed(paths: Sequence[str | Path], settings: SpeedSettings) -> None:
     """Refuse what would only fail after models were loaded."""
     if not paths:
         raise ValueError("paths is empty; name at least one checkpoint.")
@@ -457,7 +457,7 @@ def _check(paths: Sequence[str | Path], settings: SpeedSettings) -> None:
 
 
 def _jobs(paths: Sequence[str | Path], settings: SpeedSettings, prompts: torch.Tensor | None) -> list[_Job]:
-    _check(paths, settings)
+    check_speed(paths, settings)
     vocabulary = min(int(read_config(path).value("vocab_size")) for path in paths)
     batch, length = max(settings.batch_sizes), max(settings.prompt_lengths)
     if prompts is None:

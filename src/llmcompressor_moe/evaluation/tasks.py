@@ -15,7 +15,7 @@ from llmcompressor_moe.evaluation.task_selection import TaskSelection, selected_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TaskScore", "check_task_options", "run_tasks", "scores_of"]
+__all__ = ["TaskScore", "check_task_options", "check_tasks", "run_tasks", "scores_of"]
 
 # What stands in lm-eval's results beside metrics.
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count")
@@ -110,6 +110,20 @@ def check_task_options(limit: float | None, num_fewshot: int | None, batch_size:
         raise ValueError(f"num_fewshot is {num_fewshot}; give 0 or more")
     if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size!r}; give at least 1")
+
+
+def check_tasks(
+    tasks: Sequence[str | Path], include_path: str | Path | None, limit: float | None, *, served: bool
+) -> None:
+    """Refuse tasks that cannot be run.
+
+    :param served: another environment runs them, which may have data that this one does not
+    :raises ValueError: see `run_tasks`
+    """
+    check_task_options(limit, None, 1)
+    with selected_tasks(tasks, include_path) as selection:
+        if not served:
+            _built(selection)
 
 
 def scores_of(results: Mapping[str, Any]) -> list[TaskScore]:

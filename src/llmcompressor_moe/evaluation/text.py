@@ -71,7 +71,7 @@ def text_quality(
     :raises FloatingPointError: logits are NaN or infinite; names the window
     """
     documents = tokenized(tokenizer, texts, running_text=running_text)
-    length, stride, found = choose_windows(model, documents, length, stride)
+    length, stride, found = choose_windows(model.config, documents, length, stride)
     nbytes = sum(document.nbytes for document in documents)
     if nbytes < 1:
         raise ValueError("the texts hold nothing but special tokens, so there are no bytes; give text")

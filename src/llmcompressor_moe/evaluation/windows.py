@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "Document",
@@ -185,34 +185,35 @@ def batches(windows: Sequence[Window], batch_size: int) -> list[list[Window]]:
 
 
 def choose_windows(
-    model: PreTrainedModel, documents: Sequence[Document], length: int | None, stride: int | None
+    config: PreTrainedConfig, documents: Sequence[Document], length: int | None, stride: int | None
 ) -> tuple[int, int, list[Window]]:
     """Length, stride and windows for a model, having looked whether it can take them.
 
+    :param config: the model's
     :param length: None for 2048, or what the model has positions for where that is less
     :param stride: None for half of ``length``
     :raises ValueError: the model has fewer positions than ``length``, or a token id is not in its vocabulary
     """
-    limit = position_limit(model)
+    limit = position_limit(config)
     if length is None:
         length = min(_COMMON_LENGTH, limit or _COMMON_LENGTH)
     stride = max(1, length // 2) if stride is None else stride
     found = windows([len(document.token_ids) for document in documents], length, stride)
-    check_fits(model, documents, length)
+    check_fits(config, documents, length)
     return length, stride, found
 
 
-def check_fits(model: PreTrainedModel, documents: Sequence[Document], length: int) -> None:
+def check_fits(config: PreTrainedConfig, documents: Sequence[Document], length: int) -> None:
     """Refuse windows that a model cannot take.
 
     :raises ValueError: it has fewer positions than ``length``, or a token id is not in its vocabulary
     """
-    limit = position_limit(model)
+    limit = position_limit(config)
     if limit is not None and length > limit:
         raise ValueError(
             f"length is {length}, but the model has {limit} positions (max_position_embeddings); give at most that"
         )
-    vocabulary = vocabulary_size(model)
+    vocabulary = vocabulary_size(config)
     highest = max(int(document.token_ids.max()) for document in documents)
     if vocabulary is not None and highest >= vocabulary:
         raise ValueError(
@@ -220,11 +221,11 @@ def check_fits(model: PreTrainedModel, documents: Sequence[Document], length: in
         )
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """``max_position_embeddings`` of a model's text config; None where it has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """``max_position_embeddings`` of the text config; None where it has none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int | None:
-    """``vocab_size`` of a model's text config; None where it has none."""
-    return getattr(model.config.get_text_config(), "vocab_size", None)
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """``vocab_size`` of the text config; None where it has none."""
+    return getattr(config.get_text_config(), "vocab_size", None)
