@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmcompressor_moe.cli import app
@@ -29,7 +32,7 @@ from llmcompressor_moe.outlook.report import common_ranges, safe_up_to
 from llmcompressor_moe.plan import ExpertRoom
 from llmcompressor_moe.quantization.schemes import resolve_schemes
 from llmcompressor_moe.quantization.sizes import StoredSize
-from llmcompressor_moe.sweep.choice import Drops
+from llmcompressor_moe.sweep.choice import Drops, require_possible
 from llmcompressor_moe.sweep.grid import Grid, Row
 
 FACTORS = {"blocks": 1.5, "layers": 2.0, "experts": 1.2, "bits": 0.4}
@@ -455,7 +458,7 @@ def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
         ((model, "--dataset", empty, *fitting), "is empty; give at least one document"),
         (
             (model, "--dataset", text, "--sequence-length", 10_000, *fitting),
-            "less than one sample of 10000 tokens",
+            "sequence_length=10000: the model has 256 positions",
         ),
         ((other, "--evidence", evidence_file, *fitting), "tells of another model: model_type is"),
         ((small, "--evidence", evidence_file, *fitting), "tells of another model: blocks is 4"),
@@ -473,10 +476,112 @@ def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
     assert "allowed-increase" in run(model, "--allowed-increase", -1).output
 
 
+def test_evidence_of_another_model_of_the_same_shape(made, model, tmp_path):
+    """One value of one router differs in the weights; shapes and config are the same."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    assert run(other, "--evidence", made / "evidence.json", "--group-size", 32).exit_code == 0
+    weights = load_file(other / "model.safetensors")
+    router = next(name for name in weights if name.endswith("gate.weight"))
+    weights[router][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    result = run(other, "--evidence", made / "evidence.json", "--group-size", 32)
+    assert result.exit_code == 2
+    assert "tells of another model: the fingerprint of its config and weights" in result.output
+    unmarked = json.loads((made / "evidence.json").read_text()) | {"fingerprint": None}
+    (tmp_path / "unmarked.json").write_text(json.dumps(unmarked))
+    assert run(model, "--evidence", tmp_path / "unmarked.json", "--group-size", 32).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (("layers", "1", "lost_power"), [1.0], "layers.1: Value error, lost_power has 1 entries"),
+        (("layers", "1", "errors", "W4A16"), [1.0], "errors.W4A16 has 1 entries, routed_tokens 8"),
+        (("layers", "1", "scores"), {}, "scores are not of the same names in every layer"),
+        (("layers", "1", "output_power"), -1, "layers.1.output_power: Input should be greater"),
+        (("layers", "1", "routed_tokens"), [-1] * 8, "routed_tokens.0: Input should be greater"),
+        (("block_divergence", "1"), math.nan, "block_divergence.1: Input should be a finite number"),
+        (("layer_divergence",), {}, "layer_divergence lacks [0, 1, 2, 3]"),
+        (("tokens",), -4, "tokens: Input should be greater"),
+    ],
+)
+def test_evidence_that_was_damaged(made, model, tmp_path, keys, value, said):
+    written = json.loads((made / "evidence.json").read_text())
+    place = written
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (tmp_path / "evidence.json").write_text(json.dumps(written))
+    result = run(model, "--evidence", tmp_path / "evidence.json", "--group-size", 32)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.split())
+
+
+def test_what_is_wrong_is_found_before_weights_are_read(made, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmcompressor_moe.evidence.gather.load_model", None)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("{points: [{experts: 8}], group_size: 32}")
+    cut = tmp_path / "cut"
+    shutil.copytree(model, cut)
+    (cut / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1000])
+    lacking = tmp_path / "lacking"
+    shutil.copytree(model, lacking)
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "short.txt").write_text("t3 t4 t5 t6")
+    evidence_file, fitting = made / "evidence.json", ("--dataset", text, "--group-size", 32)
+    both = tmp_path / "both.json"
+    for arguments, said in (
+        ((model, *fitting, "--dtype", "int8"), "dtype='int8': choose one of auto"),
+        ((model, *fitting, "--allowed-increase", "inf"), "allowed_increase=inf: give 0 or more"),
+        ((model, "--dataset", text, "--grid", grid), "8 experts per layer dropped: num_drop=8 would leave"),
+        ((cut, *fitting), "the tensors end at byte"),
+        ((lacking, *fitting), "model.norm.weight: config.json demands it, no file holds it"),
+        (
+            (model, *fitting, "--dataset", tmp_path / "short.txt", "--sequence-length", 3),
+            "at least two are needed",
+        ),
+        ((model, *fitting, "--output", both, "--save-evidence", both), "are both"),
+        ((model, "--evidence", evidence_file, "--save-evidence", both), "leave one of them out"),
+        (
+            (model, "--evidence", evidence_file, "--output", evidence_file),
+            "would replace a file that is read",
+        ),
+        ((model, *fitting, "--output", model / "config.json"), "would replace a file that is read"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, (arguments, result.output, result.exception)
+        assert said in " ".join(result.output.split()), (arguments, result.output)
+    assert not both.exists()
+
+
+@pytest.mark.parametrize(
+    ("dense", "layers", "possible"), [(1, 2, True), (1, 3, False), (0, 2, True), (0, 3, False)]
+)
+def test_a_point_is_refused_only_if_no_calibration_makes_it_possible(dense, layers, possible):
+    """Of three MoE layers, one block goes: possible where a block without one may be that block."""
+    whole = shape(3 + dense)
+    rooms = {index: room for index, room in whole.rooms.items() if index >= dense}
+    sizes = {index: size for index, size in whole.sizes.items() if index >= dense}
+    grid = Grid.model_validate({"points": [{"blocks": 1, "layers": layers - (dense == 0)}]})
+    if possible:
+        require_possible(grid, replace(whole, rooms=rooms, sizes=sizes))
+    else:
+        with pytest.raises(ValueError, match="no MoE layer would be left"):
+            require_possible(grid, replace(whole, rooms=rooms, sizes=sizes))
+
+
 def test_evidence_with_other_schemes(made, model):
     candidates = resolve_schemes(["W8A16", "W3A16"], 32, "schemes")
-    with pytest.raises(ValueError, match=r"does not know the schemes \['W3A16'\]"):
-        load_evidence(made / "evidence.json", model_shape(model, candidates))
+    with pytest.raises(ValueError, match=r"does not know the scheme W3A16; it has W4A16"):
+        load_evidence(made / "evidence.json", model, candidates)
+    other_groups = resolve_schemes(["W4A16"], 16, "schemes")
+    with pytest.raises(
+        ValueError, match=r"another scheme by the name of W4A16 .*group_size=32; .*group_size=16"
+    ):
+        load_evidence(made / "evidence.json", model, other_groups)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import support
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
 from llmcompressor_moe.evaluation.speed import SpeedSettings
@@ -94,8 +95,18 @@ def test_rows_are_products_and_points_are_distinct() -> None:
     st.lists(st.builds(Point, blocks=st.integers(0, 30), bits=st.none() | st.floats(0.25, 32)), max_size=20)
 )
 def test_names_tell_points_apart(points: list[Point]) -> None:
-    rounded = {point.model_copy(update={"bits": point.bits and float(f"{point.bits:g}")}) for point in points}
-    assert len({point.name for point in rounded}) == len(rounded)
+    assert len({point.name for point in points}) == len(set(points))
+
+
+def test_names_keep_all_digits() -> None:
+    bits = [None, 16.0, 7.0, 7.0000001, 6.25]
+    assert [Point(bits=value).name.rpartition("-")[2] for value in bits] == [
+        "16bit",
+        "16.0bit",
+        "7bit",
+        "7.0000001bit",
+        "6.25bit",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,12 @@ def test_names_tell_points_apart(points: list[Point]) -> None:
         ("{points: [{blocks: 1}], schemes: [W9A16]}", "'W9A16' is no preset"),
         ("{points: [{blocks: 1}], schemes: [W8A8]}", "W8A8 quantizes inputs"),
         ("{points: [{blocks: 1}], criterion: best}", "criterion"),
+        ("points: [{blocks: 1}]\npoints: [{blocks: 2}]", "the key 'points' is given twice"),
+        ("points: [{blocks: true}]", "points.0.blocks.0"),
+        ("points: [{blocks: []}]", "points.0.blocks"),
+        ("points: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("[" * 5000, "nested too deep"),
+        (f"points: [{{blocks: {[1] * 101}, layers: {[1] * 100}}}]", "10100 combinations; give at most 10000"),
     ],
 )
 def test_grids_that_cannot_be(tmp_path: Path, content: str, message: str) -> None:
@@ -299,6 +316,65 @@ def test_points_that_cannot_be(folder: Path, tmp_path: Path, point: dict[str, An
     with pytest.raises(ValueError, match=message):
         sweep(folder, tmp_path / "out", GRID | {"points": [{"layers": 1}, point]})
     assert not (tmp_path / "out" / "points").exists()
+
+
+def test_what_is_wrong_is_found_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompressor_moe.evidence.gather.load_model", None)
+    plain, grid = settings(folder), Grid.model_validate(GRID)
+    measured = plain.evaluation
+    for asked, message in (
+        (replace(plain, dataset="none.txt"), "none.txt"),
+        (replace(plain, sequence_length=999), "sequence_length=999: the model has 256 positions"),
+        (replace(plain, evaluation=replace(measured, source="none.txt")), "none.txt"),
+        (replace(plain, evaluation=replace(measured, stride=17)), "stride is 17"),
+        (replace(plain, evaluation=replace(measured, device="nonsense")), "device='nonsense'"),
+        (replace(plain, evaluation=replace(measured, dtype="int8")), "dtype='int8'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_sweep(folder / "mixtral", grid, tmp_path / "out", asked)
+    with pytest.raises(ValueError, match="8 experts per layer dropped"):
+        sweep(folder, tmp_path / "out", GRID | {"points": [{"experts": 8}]})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="lies in the model"):
+        run_sweep(folder / "mixtral", grid, folder / "mixtral" / "out", plain)
+
+
+def test_nothing_of_another_sweep_is_taken(folder: Path, tmp_path: Path) -> None:
+    """Another model of the same shape, a text that was edited, files without settings, files that were damaged."""
+    output, grid = tmp_path / "out", GRID | {"points": [{"layers": 1}]}
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("mixtral", "calibration.txt", "heldout.txt"):
+        copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+        copy(folder / name, mine / name)
+    sweep(mine, output, grid)
+    weights = load_file(mine / "mixtral" / "model.safetensors")
+    before = (mine / "mixtral" / "model.safetensors").read_bytes()
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"] + 1}, mine / "mixtral/model.safetensors"
+    )
+    with pytest.raises(SweepError, match="other settings: model differ"):
+        sweep(mine, output, grid)
+    (mine / "mixtral" / "model.safetensors").write_bytes(before)
+    text = (mine / "heldout.txt").read_text()
+    (mine / "heldout.txt").write_text(text.replace("t30", "t31"))
+    with pytest.raises(SweepError, match=r"text in evaluation\.source differ"):
+        sweep(mine, output, grid)
+    (mine / "heldout.txt").write_text(text)
+    said = (output / "settings.json").read_text()
+    (output / "settings.json").unlink()
+    with pytest.raises(SweepError, match=r"points, base\.json, evidence\.json, but no settings\.json"):
+        sweep(mine, output, grid)
+    (output / "settings.json").write_text("{")
+    with pytest.raises(SweepError, match=r"settings\.json' is not what a sweep wrote"):
+        sweep(mine, output, grid)
+    (output / "settings.json").write_text(said)
+    point = output / "points" / "0b-1l-0e-16bit.json"
+    (output / "points" / "0b-2l-0e-16bit.json").write_bytes(point.read_bytes())
+    with pytest.raises(SweepError, match="holds the point 1 MoE layer dropped, not 2 MoE layers dropped"):
+        sweep(mine, output, GRID | {"points": [{"layers": [1, 2]}]})
 
 
 def test_a_quantized_model(folder: Path, tmp_path: Path, found: SweepReport) -> None:

@@ -14,7 +14,6 @@ from llmcompressor_moe.cli.errors import user_errors
 
 if TYPE_CHECKING:
     from llmcompressor_moe.evidence import Evidence
-    from llmcompressor_moe.evidence.gather import ModelShape
     from llmcompressor_moe.outlook import Coverage, Outlook, PointForecast
     from llmcompressor_moe.sweep.grid import Grid
 
@@ -74,23 +73,34 @@ def forecast(
     from llmcompressor_moe.demo import DEMO_MODEL
     from llmcompressor_moe.evidence.gather import CalibrationSettings, model_shape
     from llmcompressor_moe.outlook import outlook
-    from llmcompressor_moe.outlook.report import common_ranges
+    from llmcompressor_moe.outlook.report import check_allowed, common_ranges
     from llmcompressor_moe.quantization.schemes import resolve_schemes
+    from llmcompressor_moe.sweep.choice import require_possible
 
     model = model or DEMO_MODEL
     with logs(verbose), user_errors(show_trace=verbose):
+        check_allowed(allowed_increase)
+        if None not in (evidence, save_evidence):
+            raise ValueError(
+                f"--save-evidence {str(save_evidence)!r}: with --evidence nothing is gathered that could be "
+                "saved; leave one of them out."
+            )
+        if output is not None and output == save_evidence:
+            raise ValueError(f"--output and --save-evidence are both {str(output)!r}; name two files.")
         for path in filter(None, (output, save_evidence)):
-            check_can_write_file(path)
+            check_can_write_file(path, [one for one in (model, evidence, grid, dataset) if one is not None])
         wanted = _grid(grid, scheme, group_size)
         candidates = resolve_schemes(wanted.schemes, wanted.group_size, "schemes")
         shape = model_shape(model, candidates)
         ranges = common_ranges(shape)
         points = [*ranges, *wanted.points] if grid else ranges
+        asked = wanted.model_copy(update={"points": points})
+        require_possible(asked, shape)
         settings = CalibrationSettings(dataset, num_samples, sequence_length, kl_samples, dtype)
-        seen = _evidence(model, evidence, shape, candidates, settings)
+        seen = _evidence(model, evidence, candidates, settings)
         if save_evidence is not None:
             write_text(save_evidence, seen.model_dump_json(indent=1) + "\n")
-        found = outlook(seen, shape, wanted.model_copy(update={"points": points}), allowed_increase)
+        found = outlook(seen, shape, asked, allowed_increase)
         if output is not None:
             write_text(output, found.model_dump_json(indent=1) + "\n")
     if json:
@@ -113,14 +123,13 @@ def _grid(path: Path | None, scheme: Sequence[str] | None, group_size: int | Non
 def _evidence(
     model: Path,
     path: Path | None,
-    shape: "ModelShape",
     candidates: Sequence,
     settings: object,
 ) -> "Evidence":
     from llmcompressor_moe.evidence.gather import gather_evidence, load_evidence
 
     if path is not None:
-        return load_evidence(path, shape)
+        return load_evidence(path, model, candidates)
     Console(stderr=True).print(Text(f"- Calibrating {model}", style="cyan"), soft_wrap=True)
     return gather_evidence(model, candidates, settings)
 

@@ -17,7 +17,7 @@ from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.quantization.sensitivity import SensitivityInput, output_error
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["collect_evidence"]
+__all__ = ["collect_evidence", "require_two"]
 
 _STATISTICS = {Statistic.BLOCK, Statistic.LAYER, Statistic.ROUTING, Statistic.OUTPUT}
 # Those that the statistics suffice for.
@@ -46,10 +46,7 @@ def collect_evidence(
     :raises ValueError: fewer than two batches
     :raises FloatingPointError: activations are NaN or infinite
     """
-    if len(batches) < 2:
-        raise ValueError(
-            f"{len(batches)} calibration batch(es): at least two are needed, to tell how stable scores are."
-        )
+    require_two(len(batches))
     model, topology = session.model, session.topology
     halves = [collect_profile(model, topology, part, _STATISTICS) for part in (batches[::2], batches[1::2])]
     whole = merged(*halves)
@@ -74,7 +71,20 @@ def collect_evidence(
         ),
         layers={layer: _layer(layer, whole, samples[layer], measured[layer]) for layer in session.layers},
         stability=_stability(*halves),
+        schemes={candidate.name: candidate.written for candidate in candidates},
     )
+
+
+def require_two(batches: int) -> None:
+    """Refuse data that cannot be halved.
+
+    :raises ValueError: see `collect_evidence`
+    """
+    if batches < 2:
+        raise ValueError(
+            f"{batches} calibration sample(s): at least two are needed, to tell how stable scores are; give more "
+            "text or a lower sequence_length."
+        )
 
 
 def _layer(layer: int, profile: Profile, sample: LayerSample, measurement: LayerMeasurement) -> LayerEvidence:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
 __all__ = ["Evidence", "LayerEvidence"]
+
+
+Power = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class LayerEvidence(BaseModel):
@@ -20,11 +25,24 @@ class LayerEvidence(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    routed_tokens: list[int]
-    output_power: float
-    lost_power: list[float]
-    errors: dict[str, list[float]]
-    scores: dict[str, list[float | None]]
+    routed_tokens: list[NonNegativeInt]
+    output_power: Power
+    lost_power: list[Power]
+    errors: dict[str, list[Power]]
+    scores: dict[str, list[FiniteFloat | None]]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> LayerEvidence:
+        experts = len(self.routed_tokens)
+        lists = {"lost_power": self.lost_power} | {
+            f"{field}.{name}": values
+            for field in ("errors", "scores")
+            for name, values in getattr(self, field).items()
+        }
+        for name, values in lists.items():
+            if len(values) != experts:
+                raise ValueError(f"{name} has {len(values)} entries, routed_tokens {experts}: one per expert")
+        return self
 
 
 class Evidence(BaseModel):
@@ -40,23 +58,41 @@ class Evidence(BaseModel):
     :param block_divergence: KL(intact || without this block), nats per token
     :param layer_divergence: the same for an MoE layer
     :param layers: MoE layers
+    :param schemes: candidate -> its scheme as it was tried on the experts, null for 16 bit
+    :param fingerprint: of the model, see `checkpoint.fingerprint`; None where it came from no directory
     :param stability: statistic -> Spearman's rank correlation of its scores between the two halves of the data
     """
 
     model_config = ConfigDict(extra="forbid")
 
     model_type: str
-    blocks: int
+    blocks: PositiveInt
     top_k: dict[int, int]
-    tokens: int
-    samples: int
-    kl_samples: int
-    block_similarity: dict[int, float]
-    layer_similarity: dict[int, float]
-    block_divergence: dict[int, float]
-    layer_divergence: dict[int, float]
+    tokens: NonNegativeInt
+    samples: NonNegativeInt
+    kl_samples: NonNegativeInt
+    block_similarity: dict[int, FiniteFloat]
+    layer_similarity: dict[int, FiniteFloat]
+    block_divergence: dict[int, FiniteFloat]
+    layer_divergence: dict[int, FiniteFloat]
     layers: dict[int, LayerEvidence]
     stability: dict[str, float | None]
+    schemes: dict[str, dict[str, Any] | None] = {}
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Evidence:
+        for parts, fields in (
+            (set(range(self.blocks)), ("block_similarity", "block_divergence")),
+            (set(self.layers), ("top_k", "layer_similarity", "layer_divergence")),
+        ):
+            for name in fields:
+                if lacking := sorted(parts - set(getattr(self, name))):
+                    raise ValueError(f"{name} lacks {lacking}")
+        for name in ("errors", "scores"):
+            if len({frozenset(getattr(layer, name)) for layer in self.layers.values()}) > 1:
+                raise ValueError(f"layers: {name} are not of the same names in every layer")
+        return self
 
     @property
     def unseen(self) -> dict[int, list[int]]:

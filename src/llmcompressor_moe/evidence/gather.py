@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
@@ -14,15 +15,21 @@ from torch import nn
 
 from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check.expected import ExpectedModel, lay_out
-from llmcompressor_moe.evidence.collect import collect_evidence
+from llmcompressor_moe.check.weights import require_weights
+from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.evaluation.windows import position_limit, vocabulary_size
+from llmcompressor_moe.evidence.collect import collect_evidence, require_two
 from llmcompressor_moe.evidence.data import Evidence
 from llmcompressor_moe.inspection import inspect_model, read_config
-from llmcompressor_moe.loading import load_model, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_model, load_tokenizer
 from llmcompressor_moe.plan import ExpertRoom
-from llmcompressor_moe.quantization.schemes import UNQUANTIZED, Candidate, why_not_divisible
+from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
 from llmcompressor_moe.quantization.sizes import StoredSize, linear_size
 from llmcompressor_moe.slimming import LinearShape
 from llmcompressor_moe.surgery.session import TrimSession
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["CalibrationSettings", "ModelShape", "gather_evidence", "load_evidence", "model_shape"]
 
@@ -43,6 +50,37 @@ class CalibrationSettings:
     sequence_length: int = 256
     kl_samples: int = 16
     dtype: str = "auto"
+
+    def check(self, model: str | Path) -> Dataset:
+        """Find what is wrong before any weights are read.
+
+        :return: the samples
+        :raises ValueError: a field, the text, the tokenizer, or the weight files
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+        for name in ("num_samples", "sequence_length", "kl_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1.")
+        require_weights(model)
+        config = read_config(model).parsed
+        limit = position_limit(config)
+        if limit is not None and self.sequence_length > limit:
+            raise ValueError(
+                f"sequence_length={self.sequence_length}: the model has {limit} positions "
+                "(max_position_embeddings); give at most that."
+            )
+        samples = calibration_samples(
+            self.dataset, load_tokenizer(model), self.num_samples, self.sequence_length
+        )
+        require_two(len(samples))
+        vocabulary, highest = vocabulary_size(config), max(map(max, samples["input_ids"]))
+        if vocabulary is not None and highest >= vocabulary:
+            raise ValueError(
+                f"dataset {self.dataset!r}: token id {highest} is not in the model's vocabulary of {vocabulary}; "
+                "use the model's own tokenizer."
+            )
+        return samples
 
 
 @dataclass(frozen=True)
@@ -96,22 +134,22 @@ def gather_evidence(
     :raises ValueError: something is wrong with the model or the text
     :raises FloatingPointError: activations are NaN or infinite
     """
-    samples = calibration_samples(
-        settings.dataset, load_tokenizer(model), settings.num_samples, settings.sequence_length
-    )
+    samples = settings.check(model)
     batches = [
         {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in samples
     ]
     session = TrimSession.begin(linearize_moe(load_model(model, "auto")))
     if settings.dtype != "auto":
         session.model.to(getattr(torch, settings.dtype))
-    return collect_evidence(session, batches, candidates, kl_samples=settings.kl_samples)
+    found = collect_evidence(session, batches, candidates, kl_samples=settings.kl_samples)
+    return found.model_copy(update={"fingerprint": fingerprint(model)})
 
 
-def load_evidence(path: str | Path, shape: ModelShape) -> Evidence:
+def load_evidence(path: str | Path, model: str | Path, candidates: Sequence[Candidate]) -> Evidence:
     """Read what `gather_evidence` found before.
 
-    :param shape: of the model that it is to be used for
+    :param model: directory of the model that it is to be used for
+    :param candidates: schemes that it is to know
     :raises ValueError: the file cannot be read, is no evidence, or tells of another model or other schemes
     """
     try:
@@ -122,34 +160,48 @@ def load_evidence(path: str | Path, shape: ModelShape) -> Evidence:
         first = error.errors()[0]
         raise ValueError(
             f"evidence {str(path)!r} is no evidence of a calibration run: "
-            f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}."
+            f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}. "
+            "Gather it anew."
         ) from error
-    _require_same_model(path, evidence, shape)
+    _require_same_model(path, evidence, model)
+    for candidate in candidates:
+        if candidate.name not in evidence.schemes:
+            raise ValueError(
+                f"evidence {str(path)!r} does not know the scheme {candidate.name}; it has "
+                f"{', '.join(evidence.schemes) or 'none'}. Name those, or gather it anew."
+            )
+        tried = evidence.schemes[candidate.name]
+        if tried != candidate.written:
+            raise ValueError(
+                f"evidence {str(path)!r} tried another scheme by the name of {candidate.name} (weights: "
+                f"{_weights(tried)}; asked for: {_weights(candidate.written)}). Give the same group_size, or "
+                "gather it anew."
+            )
     return evidence
 
 
-def _require_same_model(path: str | Path, evidence: Evidence, shape: ModelShape) -> None:
+def _weights(scheme: Mapping[str, Any] | None) -> str:
+    weights = (scheme or {}).get("weights") or {}
+    return ", ".join(f"{name}={weights[name]}" for name in ("num_bits", "group_size") if name in weights)
+
+
+def _require_same_model(path: str | Path, evidence: Evidence, model: str | Path) -> None:
+    inspection = inspect_model(model, schemes=())
     facts = {
-        "model_type": (evidence.model_type, shape.model_type),
-        "blocks": (evidence.blocks, shape.blocks),
+        "model_type": (evidence.model_type, inspection.model_type),
+        "blocks": (evidence.blocks, inspection.blocks),
         "experts per MoE layer": (
             {index: len(layer.routed_tokens) for index, layer in evidence.layers.items()},
-            {index: room.num_experts for index, room in shape.rooms.items()},
+            {layer.index: layer.experts for layer in inspection.moe_layers},
         ),
+        # Last, as it says least of what differs.
+        "the fingerprint of its config and weights": (evidence.fingerprint, fingerprint(model)),
     }
     for name, (found, wanted) in facts.items():
         if found != wanted:
             raise ValueError(
-                f"evidence {str(path)!r} tells of another model: {name} is {found} there and {wanted} in the "
-                "model. Give the evidence of this model, or none."
-            )
-    for index, experts in shape.sizes.items():
-        tried = {UNQUANTIZED, *evidence.layers[index].errors}
-        missing = [name for name in experts[0] if name not in tried]
-        if missing:
-            raise ValueError(
-                f"evidence {str(path)!r} does not know the schemes {missing}; it has "
-                f"{sorted(tried)}. Name those, or gather it anew."
+                f"evidence {str(path)!r} tells of another model: {name} is {found} there and {wanted} in "
+                f"{str(model)!r}. Give the evidence of this model, or none, to gather it anew."
             )
 
 

@@ -18,7 +18,7 @@ from llmcompressor_moe.quantization.planning import mean_bits
 from llmcompressor_moe.sweep.choice import Drops, choose
 from llmcompressor_moe.sweep.grid import Grid, Point, Row
 
-__all__ = ["Outlook", "PointForecast", "SafeUpTo", "common_ranges", "outlook", "safe_up_to"]
+__all__ = ["Outlook", "PointForecast", "SafeUpTo", "check_allowed", "common_ranges", "outlook", "safe_up_to"]
 
 
 class PointForecast(BaseModel):
@@ -101,8 +101,7 @@ def outlook(
     :param calibration: the bundled one unless told
     :raises ValueError: ``allowed_increase`` is negative or no number, or a point is impossible; names it
     """
-    if not 0 <= allowed_increase < math.inf:
-        raise ValueError(f"allowed_increase={allowed_increase}: give 0 or more, 0.05 for five percent.")
+    check_allowed(allowed_increase)
     calibration = calibration or bundled_calibration()
     points = []
     for point in grid.all_points():
@@ -126,6 +125,15 @@ def outlook(
         coverage=coverage(evidence, _deciding(grid)),
         calibration=calibration,
     )
+
+
+def check_allowed(increase: float) -> None:
+    """Refuse an increase that is none.
+
+    :raises ValueError: see `outlook`
+    """
+    if not 0 <= increase < math.inf:
+        raise ValueError(f"allowed_increase={increase}: give 0 or more, 0.05 for five percent.")
 
 
 def safe_up_to(points: Sequence[PointForecast], allowed_increase: float) -> SafeUpTo:

@@ -61,6 +61,11 @@ class Candidate:
     name: str
     scheme: QuantizationScheme | None
 
+    @property
+    def written(self) -> dict[str, Any] | None:
+        """The scheme as files hold it, without targets."""
+        return self.scheme and self.scheme.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
+
     def for_targets(self, targets: Sequence[str]) -> QuantizationScheme:
         """A copy for these modules.
 

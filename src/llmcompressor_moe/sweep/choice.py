@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmcompressor_moe.criteria.parts import part_metric
-from llmcompressor_moe.evidence import Evidence
+from llmcompressor_moe.evidence import Evidence, LayerEvidence
 from llmcompressor_moe.evidence.gather import ModelShape
 from llmcompressor_moe.plan import ExpertRoom, experts_to_drop, parts_to_drop
 from llmcompressor_moe.quantization.planning import Budget, choose_schemes
 from llmcompressor_moe.quantization.sizes import StoredSize
 from llmcompressor_moe.sweep.grid import Grid, Point
 
-__all__ = ["Choice", "Drops", "choose", "choose_drops", "choose_precision"]
+__all__ = ["Choice", "Drops", "choose", "choose_drops", "choose_precision", "require_possible"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,46 @@ def choose(evidence: Evidence, grid: Grid, point: Point, shape: ModelShape) -> C
         raise ValueError(f"{point}: {error}") from error
 
 
+def require_possible(grid: Grid, shape: ModelShape) -> None:
+    """Find impossible points before anything is calibrated, by choosing where all parts are alike.
+
+    Which blocks go decides which MoE layers are left. Here those without one go first, so what is refused is
+    impossible whatever a calibration run finds.
+
+    :raises ValueError: a point is impossible; names it
+    """
+    similarity = {block: float(block not in shape.rooms) for block in range(shape.blocks)}
+    divergence = {block: 1 - value for block, value in similarity.items()}
+    names = next(iter(shape.sizes.values()))[0]
+    even = all(expert == names for experts in shape.sizes.values() for expert in experts)
+    alike = Evidence(
+        model_type=shape.model_type,
+        blocks=shape.blocks,
+        top_k=dict.fromkeys(shape.rooms, 1),
+        tokens=0,
+        samples=0,
+        kl_samples=0,
+        block_similarity=similarity,
+        layer_similarity=similarity,
+        block_divergence=divergence,
+        layer_divergence=divergence,
+        layers={
+            layer: LayerEvidence(
+                routed_tokens=[0] * room.num_experts,
+                output_power=1,
+                lost_power=[1] * room.num_experts,
+                errors={name: [1] * room.num_experts for name in names},
+                scores={grid.criterion: [1] * room.num_experts},
+            )
+            for layer, room in shape.rooms.items()
+        },
+        stability={},
+    )
+    for point in grid.all_points():
+        # Where layers differ in their bits, it depends on those that are left whether a mean is possible.
+        choose(alike, grid, point if even else point.model_copy(update={"bits": None}), shape)
+
+
 def choose_drops(evidence: Evidence, grid: Grid, point: Point, rooms: Mapping[int, ExpertRoom]) -> Drops:
     """Blocks first, then MoE layers of those that are left, then experts of those that are left; all by what was
     seen of the intact model, as drop modifiers in a row do.
@@ -77,7 +117,7 @@ def choose_drops(evidence: Evidence, grid: Grid, point: Point, rooms: Mapping[in
         _leave_one(len(left), "MoE layer")
         experts = {}
         if point.experts:
-            scores = {index: evidence.layers[index].scores[grid.criterion] for index in left}
+            scores = {index: _scores(evidence, index, grid.criterion) for index in left}
             experts = experts_to_drop(
                 scores, {index: rooms[index] for index in left}, point.experts, grid.scope
             )
@@ -114,6 +154,13 @@ def _parts(
 ) -> list[int]:
     scores = similarity if metric == "cosine" else divergence
     return parts_to_drop(scores, count=count, drop_highest=part_metric(metric).drop_highest) if count else []
+
+
+def _scores(evidence: Evidence, layer: int, criterion: str) -> list[float | None]:
+    known = evidence.layers[layer].scores
+    if criterion not in known:
+        raise ValueError(f"the evidence has no scores by {criterion}; gather it anew.")
+    return known[criterion]
 
 
 def _leave_one(left: int, what: str) -> None:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llmcompressor_moe.quantization.schemes import SchemeSpec, resolve_schemes
+from llmcompressor_moe.yaml_file import read_yaml
 
 __all__ = ["Grid", "GridError", "Point", "Row", "load_grid"]
+
+
+# Nobody measures or reads more; a slip in a grid of products asks for millions.
+_MOST_POINTS = 10_000
 
 
 class GridError(ValueError):
@@ -39,7 +52,9 @@ class Point(BaseModel):
     def name(self) -> str:
         """Short, distinct, and fit for a file name."""
         parts = [f"{self.blocks}b", f"{self.layers}l", f"{self.experts}e"]
-        return "-".join([*parts, "16bit" if self.bits is None else f"{self.bits:g}bit"])
+        # A mean of 16 bits is chosen among schemes: not the same as nothing rounded.
+        bits = "16" if self.bits is None else "16.0" if self.bits == 16 else _digits(self.bits)
+        return "-".join([*parts, f"{bits}bit"])
 
     def __str__(self) -> str:
         def some(count: int, what: str) -> str:
@@ -55,7 +70,14 @@ class Point(BaseModel):
             if count
         ]
         said = [text.replace("expert per layers", "experts per layer") for text in said]
-        return ", ".join([*said, *([f"{self.bits:g} bits"] if self.bits is not None else [])]) or "as it is"
+        if self.bits is not None:
+            said.append(f"{_digits(self.bits)} bits")
+        return ", ".join(said) or "as it is"
+
+
+def _digits(bits: float) -> str:
+    """All of them: points that differ must not share a name."""
+    return str(bits).removesuffix(".0")
 
 
 def _listed(value: object) -> object:
@@ -67,12 +89,18 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    blocks: list[int] = [0]
-    layers: list[int] = [0]
-    experts: list[int] = [0]
-    bits: list[float | None] = [None]
+    # Strict: YAML's `yes` and `true` are no counts.
+    blocks: list[StrictInt] = Field(default=[0], min_length=1)
+    layers: list[StrictInt] = Field(default=[0], min_length=1)
+    experts: list[StrictInt] = Field(default=[0], min_length=1)
+    bits: list[float | None] = Field(default=[None], min_length=1)
 
     _lists = field_validator("*", mode="before")(_listed)
+
+    @property
+    def count(self) -> int:
+        """Combinations, before any are made."""
+        return math.prod(map(len, (self.blocks, self.layers, self.experts, self.bits)))
 
     def points(self) -> Iterator[Point]:
         """Every combination."""
@@ -112,6 +140,12 @@ class Grid(BaseModel):
                     f"schemes: {candidate.name} quantizes inputs, which a sweep does not try; name weight-only "
                     "schemes."
                 )
+        combinations = sum(row.count for row in self.points)
+        if combinations > _MOST_POINTS:
+            raise ValueError(
+                f"points: {combinations} combinations; give at most {_MOST_POINTS}: a row is every combination "
+                "of its values."
+            )
         try:
             self.all_points()
         except ValidationError as error:
@@ -129,11 +163,9 @@ def load_grid(path: str | Path) -> Grid:
     :raises GridError: the file cannot be read, is no YAML, or names what there is not
     """
     try:
-        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise GridError(f"grid {str(path)!r} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise GridError(f"grid {str(path)!r} is no YAML: {error}") from error
+        written = read_yaml(path)
+    except ValueError as error:
+        raise GridError(f"grid {str(path)!r} {error}") from error
     try:
         return Grid.model_validate(written)
     except ValidationError as error:

@@ -15,14 +15,25 @@ from pydantic import BaseModel, ValidationError
 
 from llmcompressor_moe.checkpoint.atomic import check_can_write
 from llmcompressor_moe.checkpoint.files import write_text
+from llmcompressor_moe.checkpoint.fingerprint import fingerprint
 from llmcompressor_moe.evaluation.report import BaseEvaluation
-from llmcompressor_moe.evaluation.run import BaseRecord, EvaluationSettings, evaluate_compressed, recorded
+from llmcompressor_moe.evaluation.run import (
+    BaseRecord,
+    EvaluationSettings,
+    check_evaluation,
+    evaluate_compressed,
+    recorded,
+)
 from llmcompressor_moe.evaluation.speed import SpeedComparison, compare_speed
 from llmcompressor_moe.evidence import Evidence
-from llmcompressor_moe.evidence.gather import CalibrationSettings, gather_evidence, model_shape
-from llmcompressor_moe.inspection import inspect_model
+from llmcompressor_moe.evidence.gather import (
+    CalibrationSettings,
+    gather_evidence,
+    load_evidence,
+    model_shape,
+)
 from llmcompressor_moe.quantization.schemes import Candidate, resolve_schemes
-from llmcompressor_moe.sweep.choice import Choice, choose
+from llmcompressor_moe.sweep.choice import Choice, choose, require_possible
 from llmcompressor_moe.sweep.grid import Grid, Point
 from llmcompressor_moe.sweep.report import PointResult, SweepReport
 from llmcompressor_moe.sweep.variant import make_variant
@@ -77,31 +88,38 @@ def run_sweep(
     settings = settings or SweepSettings()
     output = Path(output)
     check_can_write(output)
-    if inspect_model(model, schemes=()).quantization is not None:
-        raise ValueError(f"model {str(model)!r} is quantized already; sweep the model that it was made from.")
-    _same_sweep(model, grid, settings, output)
+    if Path(model).resolve() in {output.resolve(), *output.resolve().parents}:
+        raise ValueError(f"output={str(output)!r} lies in the model {str(model)!r}; name another directory.")
     candidates = {c.name: c for c in resolve_schemes(grid.schemes, grid.group_size, "schemes")}
     shape = model_shape(model, list(candidates.values()))
+    require_possible(grid, shape)
+    check_evaluation(settings.evaluation, model)
+    _calibration(settings).check(model)
+    _same_sweep(model, grid, settings, output)
+    finished = {point: _finished(output, point) for point in grid.all_points()}
+    base = output / "base.json"
+    base_found = _read(BaseEvaluation, base) if base.exists() else None
     evidence = _evidence(model, list(candidates.values()), settings, output, announce)
-    choices = {point: choose(evidence, grid, point, shape) for point in grid.all_points()}
+    choices = {point: choose(evidence, grid, point, shape) for point in finished}
     for left_behind in output.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    missing = [point for point in choices if not _result_path(output, point).exists()]
-    base = output / "base.json"
-    if missing or not base.exists():
+    missing = [point for point, result in finished.items() if result is None]
+    if missing or base_found is None:
         with recorded(model, settings.evaluation, announce) as record:
-            write_text(base, record.found.model_dump_json(indent=1))
+            base_found = record.found
+            write_text(base, base_found.model_dump_json(indent=1))
             for number, point in enumerate(missing, start=1):
                 announce(f"Point {number} of {len(missing)}: {point}")
                 result = _measure(model, record, point, choices[point], candidates, output, settings.keep)
                 write_text(_result_path(output, point), result.model_dump_json(indent=1))
+                finished[point] = result
     report = SweepReport(
         model=str(model),
         grid=grid,
         evidence=evidence,
         source=settings.evaluation.source,
-        base=BaseEvaluation.model_validate_json(base.read_text()),
-        points=[_read(PointResult, _result_path(output, point)) for point in choices],
+        base=base_found,
+        points=list(finished.values()),
     )
     write_text(output / REPORT, report.model_dump_json(indent=1) + "\n")
     return report
@@ -111,12 +129,26 @@ def _result_path(output: Path, point: Point) -> Path:
     return output / "points" / f"{point.name}.json"
 
 
+def _finished(output: Path, point: Point) -> PointResult | None:
+    path = _result_path(output, point)
+    if not path.exists():
+        return None
+    result = _read(PointResult, path)
+    if result.point != point:
+        raise SweepError(
+            f"{str(path)!r} holds the point {result.point}, not {point}: delete it and run again."
+        )
+    return result
+
+
 def _read(cls: type[BaseModel], path: Path) -> Any:
     try:
-        return cls.model_validate_json(path.read_text())
+        return cls.model_validate_json(path.read_bytes())
     except ValidationError as error:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
         raise SweepError(
-            f"{str(path)!r} is not what a sweep wrote: delete it and run again ({error})."
+            f"{str(path)!r} is not what a sweep wrote: delete it and run again ({said})."
         ) from error
 
 
@@ -125,17 +157,25 @@ def _same_sweep(model: str | Path, grid: Grid, settings: SweepSettings, output: 
     asked = {name: value for name, value in asdict(settings).items() if name not in ("keep", "evaluation")}
     evaluation = asdict(settings.evaluation) | {"limits": settings.evaluation.limits.model_dump()}
     said = {
-        "model": _fingerprint(model),
+        "model": fingerprint(model),
         **{f"grid.{name}": value for name, value in grid.model_dump(mode="json", exclude={"points"}).items()},
         **asked,
         **{f"evaluation.{name}": value for name, value in evaluation.items()},
+        "text in dataset": _digest(settings.dataset),
+        "text in evaluation.source": _digest(settings.evaluation.source),
     }
     said = json.loads(json.dumps(said, default=str))
     path = output / "settings.json"
     if not path.exists():
+        found = [name for name in ("points", "base.json", "evidence.json") if (output / name).exists()]
+        if found:
+            raise SweepError(
+                f"output {str(output)!r} holds {', '.join(found)}, but no settings.json that says of which sweep. "
+                "Give another output, or delete them."
+            )
         write_text(path, json.dumps(said, indent=1) + "\n")
         return
-    before = json.loads(path.read_text())
+    before = _settings(path)
     differing = [name for name in said if said[name] != before.get(name)]
     if differing:
         raise SweepError(
@@ -144,11 +184,30 @@ def _same_sweep(model: str | Path, grid: Grid, settings: SweepSettings, output: 
         )
 
 
-def _fingerprint(model: str | Path) -> str:
-    """Of the config and of the names and sizes of the weight files."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    text = (Path(model) / "config.json").read_text() + str([(f.name, f.stat().st_size) for f in files])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SweepError(
+            f"{str(path)!r} is not what a sweep wrote ({error}): give another output, or delete that directory."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _digest(source: str) -> str | None:
+    """Of a text file: one that was edited is another text under the same name."""
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _calibration(settings: SweepSettings) -> CalibrationSettings:
+    return CalibrationSettings(
+        dataset=settings.dataset,
+        num_samples=settings.num_samples,
+        sequence_length=settings.sequence_length,
+        kl_samples=settings.kl_samples,
+        dtype=settings.evaluation.dtype,
+    )
 
 
 def _evidence(
@@ -160,19 +219,9 @@ def _evidence(
 ) -> Evidence:
     path = output / "evidence.json"
     if path.exists():
-        return _read(Evidence, path)
+        return load_evidence(path, model, candidates)
     announce("Calibrating")
-    evidence = gather_evidence(
-        model,
-        candidates,
-        CalibrationSettings(
-            dataset=settings.dataset,
-            num_samples=settings.num_samples,
-            sequence_length=settings.sequence_length,
-            kl_samples=settings.kl_samples,
-            dtype=settings.evaluation.dtype,
-        ),
-    )
+    evidence = gather_evidence(model, candidates, _calibration(settings))
     write_text(path, evidence.model_dump_json(indent=1))
     return evidence
 

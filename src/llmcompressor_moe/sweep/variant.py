@@ -50,12 +50,8 @@ def make_variant(
 
 
 def _plan(schemes: Mapping[int, str], candidates: Mapping[str, Candidate]) -> dict:
-    used = {name: candidates[name].scheme for name in schemes.values()}
     return {
         "modifier": RouterAwareQuantModifier.__name__,
-        "schemes": {
-            name: scheme and scheme.model_dump(mode="json", exclude={"targets"}, exclude_none=True)
-            for name, scheme in used.items()
-        },
+        "schemes": {name: candidates[name].written for name in schemes.values()},
         "layers": {str(layer): {"scheme": name} for layer, name in schemes.items()},
     }
