@@ -22,6 +22,7 @@ from llmcompressor_moe import (
     QualityGateModifier,
     RouterAwareQuantModifier,
 )
+from llmcompressor_moe.calibration import documents
 from llmcompressor_moe.cli import app
 from llmcompressor_moe.evaluation import run as run_module
 from llmcompressor_moe.evaluation.report import Evaluation
@@ -410,3 +411,11 @@ def test_a_missing_model_ends_before_the_others_are_measured(
         result = run("evaluate", *models)
         assert result.exit_code == 2
         assert "nope' has no config.json" in result.output
+
+
+def test_texts_as_editors_write_them(tmp_path: Path) -> None:
+    """A byte order mark is no text, and a line separator within JSON does not end its line."""
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo")
+    assert documents(str(tmp_path / "text.txt"), 1) == ["one", "two"]
+    (tmp_path / "text.jsonl").write_text('\ufeff{"text": "one\u2028two"}\n', encoding="utf-8")
+    assert documents(str(tmp_path / "text.jsonl"), 1) == ["one\u2028two"]
