@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEMO", "CalibrationDataError", "calibration_samples", "documents"]
+__all__ = ["DEMO", "CalibrationDataError", "calibration_samples", "documents", "tokenized_rows"]
 
 DEMO = "demo"
 _TEXT, _IDS = "text", "input_ids"
@@ -42,7 +42,7 @@ def calibration_samples(
     from datasets import Dataset
 
     source = str(dataset)
-    rows = _tokenized(source, sequence_length)
+    rows = tokenized_rows(source, sequence_length)
     if rows is None:
         rows = token_rows(tokenizer, documents(source, num_samples), sequence_length)
     if not rows:
@@ -124,8 +124,11 @@ def _from_disk(path: Path) -> Dataset:
     return loaded
 
 
-def _tokenized(source: str, sequence_length: int) -> list[list[int]] | None:
-    """Rows of a saved dataset that is tokenized already; None for everything else."""
+def tokenized_rows(source: str, sequence_length: int) -> list[list[int]] | None:
+    """Rows of a saved dataset that is tokenized already, cut to a length; None for everything else.
+
+    :raises CalibrationDataError: the directory holds no dataset
+    """
     if source == DEMO or not Path(source).is_dir():
         return None
     dataset = _from_disk(Path(source))
