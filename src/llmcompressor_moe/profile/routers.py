@@ -15,11 +15,15 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     """Among a router's outputs, the scores of all experts: floating point, last dimension = number of
     experts.
     """
-    candidates = [output] if isinstance(output, torch.Tensor) else list(output)
-    for value in candidates:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts:
-            return value
-    return None
+    candidates = [
+        value
+        for value in ([output] if isinstance(output, torch.Tensor) else output)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == num_experts
+    ]
+    if len(candidates) > 1:
+        # Where as many experts are chosen as there are, their weights have that shape, too; none is negative.
+        candidates = [value for value in candidates if bool((value < 0).any())] or candidates
+    return candidates[0] if candidates else None
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
