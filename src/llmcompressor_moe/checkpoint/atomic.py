@@ -39,10 +39,13 @@ def check_can_write(target: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: str | Path) -> Iterator[Path]:
+def atomic_directory(
+    target: str | Path, retry: str = "call save_pretrained again: the model is still in memory"
+) -> Iterator[Path]:
     """A temporary sibling of ``target`` that takes its place when the context ends well, and goes when it
     does not.
 
+    :param retry: what to do when there is space, for the error
     :raises OutputDirectoryError: the target cannot be written
     """
     target = Path(target).absolute()
@@ -58,8 +61,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputDirectoryError(
             f"Saving to {str(target)!r} failed ({error}); the directory is as it was before. Free space or "
-            f"choose another directory and "
-            "call save_pretrained again: the model is still in memory."
+            f"choose another directory and {retry}."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
