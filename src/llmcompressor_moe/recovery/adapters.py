@@ -11,6 +11,7 @@ from llmcompressor_moe.topology import Block, NotAnMoEError, Topology, find_topo
 
 __all__ = [
     "adapter_parameters",
+    "forget_topology",
     "inner_model",
     "plain_name",
     "remember_topology",
@@ -50,6 +51,11 @@ def remember_topology(model: PreTrainedModel) -> None:
     leads to its wrapper.
     """
     setattr(model, _TOPOLOGY, student_topology(model))
+
+
+def forget_topology(model: PreTrainedModel) -> None:
+    """Look for everything anew from now on: the adapters are gone."""
+    model.__dict__.pop(_TOPOLOGY, None)
 
 
 def student_topology(model: PreTrainedModel) -> Topology:
