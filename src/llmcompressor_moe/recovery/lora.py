@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.parts import ATTENTION, EXPERTS, ROUTER, SHARED, block_of, part_of
+from llmcompressor_moe.parts import block_of
 from llmcompressor_moe.recovery.adapters import forget_topology, remember_topology, student_topology
 from llmcompressor_moe.recovery.fake_quantization import has_quantized_modules
+from llmcompressor_moe.recovery.parameters import set_of
 
 __all__ = ["LoraSettings", "add_lora", "merge_lora"]
 
-_PARTS = {"attention": (ATTENTION,), "experts": (EXPERTS, SHARED), "router": (ROUTER,)}
+_TARGETS = ("attention", "experts", "router")
 
 # Of weights outside of Linears: a router's is a matrix, fused experts' are stacks of matrices; less is a bias.
 _DIMENSIONS = {"router": 2, "experts": 3}
@@ -45,7 +46,7 @@ class LoraSettings(BaseModel):
     @classmethod
     def _each_once(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         if not targets:
-            raise ValueError(f"name at least one of {', '.join(_PARTS)}.")
+            raise ValueError(f"name at least one of {', '.join(_TARGETS)}.")
         return tuple(dict.fromkeys(targets))
 
     @model_validator(mode="after")
@@ -109,7 +110,7 @@ def _targets(model: PreTrainedModel, settings: LoraSettings) -> tuple[list[str],
     for target in settings.targets:
         found = len(modules) + len(parameters)
         for path, parameter in model.named_parameters():
-            if part_of(path, block_of(path, topology)) not in _PARTS[target]:
+            if set_of(path, block_of(path, topology)) != target:
                 continue
             owner, _, name = path.rpartition(".")
             if _is_plain_linear(model, owner):

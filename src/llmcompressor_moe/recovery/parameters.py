@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,23 +12,26 @@ from llmcompressor_moe.parts import ATTENTION, EXPERTS, ROUTER, SHARED, block_of
 from llmcompressor_moe.recovery.adapters import adapter_parameters, inner_model, plain_name, student_topology
 from llmcompressor_moe.topology import Block
 
-__all__ = ["PARAMETER_SETS", "check_sets", "select"]
+__all__ = ["PARAMETER_SETS", "check_sets", "select", "set_of"]
 
 
-def _is_norm(name: str, block: Block | None) -> bool:
-    """A norm outside of MoE layers: of a block, of attention's queries and keys, or the last one."""
-    inside_moe = part_of(name, block) in (ROUTER, EXPERTS, SHARED)
-    owner = name.rpartition(".")[0].rpartition(".")[2]
-    return "norm" in owner and not inside_moe
+def set_of(name: str, block: Block | None) -> str | None:
+    """The set that a parameter is in besides ``all``; None for embeddings, head and dense feed-forward layers.
 
+    :param name: as the model has it without adapters
+    :param block: the block that it stands in
+    """
+    part = part_of(name, block)
+    owner = name.rpartition(".")[0]
+    if part == SHARED:
+        # A single matrix is no expert, but what weighs a shared one.
+        return "router" if owner in block.moe.shared_experts else "experts"
+    if part in (ROUTER, EXPERTS):
+        return {ROUTER: "router", EXPERTS: "experts"}[part]
+    if "norm" in owner.rpartition(".")[2]:
+        return "norms"
+    return "attention" if part == ATTENTION else None
 
-_SETS: dict[str, Callable[[str, Block | None], bool]] = {
-    "router": lambda name, block: part_of(name, block) == ROUTER,
-    "norms": _is_norm,
-    "experts": lambda name, block: part_of(name, block) in (EXPERTS, SHARED),
-    "attention": lambda name, block: part_of(name, block) == ATTENTION and not _is_norm(name, block),
-    "all": lambda name, block: True,
-}
 
 PARAMETER_SETS = ("router", "norms", "experts", "attention", "lora", "all")
 """What `select` takes. ``experts`` are routed and shared ones, ``router`` is all that decides or weighs experts,
@@ -77,8 +80,8 @@ def select(model: nn.Module, names: Sequence[str], field: str = "train") -> list
             members = [name for name in names if name in ("lora", "all")]
         else:
             plain = plain_name(path)
-            block = block_of(plain, topology)
-            members = [name for name in names if name in _SETS and _SETS[name](plain, block)]
+            own = set_of(plain, block_of(plain, topology))
+            members = [name for name in names if name in ("all", own)]
         for name in members:
             parameter.requires_grad_(True)
             found[name].append(path)
