@@ -7,6 +7,7 @@ from llmcompressor_moe.cli.compress import compress
 from llmcompressor_moe.cli.evaluate import evaluate
 from llmcompressor_moe.cli.forecast import forecast
 from llmcompressor_moe.cli.inspect import inspect
+from llmcompressor_moe.cli.recover import recover
 from llmcompressor_moe.cli.sweep import sweep
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app.command()(compress)
 app.command()(check)
 app.command()(evaluate)
 app.command()(forecast)
+app.command()(recover)
 app.command()(sweep)
 
-__all__ = ["app", "check", "compress", "evaluate", "forecast", "inspect", "sweep"]
+__all__ = ["app", "check", "compress", "evaluate", "forecast", "inspect", "recover", "sweep"]

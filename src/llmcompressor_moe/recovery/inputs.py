@@ -203,8 +203,8 @@ def _check_rows(rows: RecoveryRows, config: ReadConfig, settings: RecoverySettin
     if len(rows.train) < wanted:
         raise ValueError(
             f"data={settings.data!r} gives {len(rows.train)} rows of {settings.length} tokens to train on, and "
-            f"one step takes {wanted} (batch_size={settings.batch_size} x accumulate={settings.accumulate} x {ranks} "
-            "ranks); give more text, or lower batch_size, accumulate or length."
+            f"one step takes {wanted} (batch_size={settings.batch_size} x accumulate={settings.accumulate} x "
+            f"{ranks} ranks); give more text, or lower batch_size, accumulate or length."
         )
 
 

@@ -183,8 +183,8 @@ class RecoveryTrainer(Trainer):
         )
         raise TrainingDivergedError(
             f"Step {self.state.global_step + 1}: {what} is NaN or infinite ({means}); {kept}. Lower the learning "
-            f"rate (learning_rate={self._settings.learning_rate:g}) and resume, or start anew in another dtype; if "
-            "it was the first step, a model gives NaN already."
+            f"rate (learning_rate={self._settings.learning_rate:g}) and resume, or start anew in another dtype; "
+            "if it was the first step, a model gives NaN already."
         )
 
     def start(self) -> None:
