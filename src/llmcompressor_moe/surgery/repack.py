@@ -127,11 +127,29 @@ def _assign(fused: nn.Module, tensors: dict[str, torch.Tensor], *, transposed: b
 
 def _splits_into(fused: nn.Module, expert: nn.Module) -> bool:
     """Whether upstream's own split of the fused module gives this, its first, expert back."""
-    probe = copy.deepcopy(expert)
-    for parameter in probe.parameters():
-        parameter.zero_()
+    probe = _emptied(expert)
     probe.copy_from_experts_module(fused, 0)
     return all(
         torch.equal(ours.nan_to_num(), theirs.nan_to_num())
         for ours, theirs in zip(probe.parameters(), expert.parameters(), strict=True)
     )
+
+
+def _emptied(expert: nn.Module) -> nn.Module:
+    """An expert of the same shape, all zeros. Weights on a disk cannot be copied along with their modules."""
+    twin = copy.copy(expert)
+    twin._modules = {
+        name: nn.Linear(
+            child.in_features,
+            child.out_features,
+            child.bias is not None,
+            device=child.weight.device,
+            dtype=child.weight.dtype,
+        )
+        if isinstance(child, nn.Linear)
+        else child
+        for name, child in expert._modules.items()
+    }
+    for parameter in twin.parameters():
+        parameter.zero_()
+    return twin
