@@ -14,6 +14,7 @@ from llmcompressor_moe.modifiers import (
     LayerDropModifier,
     QualityGateModifier,
     RouterAwareQuantModifier,
+    RouterCalibrationModifier,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LayerDropModifier",
     "QualityGateModifier",
     "RouterAwareQuantModifier",
+    "RouterCalibrationModifier",
     "load_trimmed_moe",
 ]
 
@@ -34,5 +36,6 @@ for _modifier in (
     LayerDropModifier,
     QualityGateModifier,
     RouterAwareQuantModifier,
+    RouterCalibrationModifier,
 ):
     ModifierFactory.register(_modifier.__name__, _modifier)

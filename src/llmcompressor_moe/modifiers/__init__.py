@@ -6,6 +6,7 @@ from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.layer_drop import LayerDropModifier
 from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
+from llmcompressor_moe.modifiers.router_calibration import RouterCalibrationModifier
 
 __all__ = [
     "BlockDropModifier",
@@ -14,4 +15,5 @@ __all__ = [
     "LayerDropModifier",
     "QualityGateModifier",
     "RouterAwareQuantModifier",
+    "RouterCalibrationModifier",
 ]

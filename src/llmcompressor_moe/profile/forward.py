@@ -30,11 +30,13 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "batch_mask",
+    "forwards",
     "is_offloaded",
     "quantized_as_calibrated",
     "run_batches",
     "run_once",
     "sum_over_ranks",
+    "to_device",
 ]
 
 Batch = dict[str, Any]
@@ -90,22 +92,16 @@ def run_batches(
     :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
     :param quantized: run modules that have a scheme as they will be served, and not in full precision
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(HooksMixin.disable_hooks())
-        if quantized:
-            model.apply(_quantize_if_calibrated)
-        else:
-            stack.enter_context(DisableQuantization(model))
-        if is_offloaded(model):
+    if is_offloaded(model):
+        with HooksMixin.disable_hooks(), _quantization(model, quantized):
             _run_block_by_block(model, list(batches), on_batch, description)
-        else:
-            stack.enter_context(_forward_context(model))
-            stack.enter_context(disable_lm_head(model))
-            device = get_execution_device(model)
-            for index, batch in enumerate(tqdm(batches, desc=description, leave=False)):
-                batch = _to_device(batch, device)
-                on_batch(index, batch)
-                model(**batch)
+        return
+    with forwards(model, quantized=quantized), disable_lm_head(model):
+        device = get_execution_device(model)
+        for index, batch in enumerate(tqdm(batches, desc=description, leave=False)):
+            batch = to_device(batch, device)
+            on_batch(index, batch)
+            model(**batch)
 
 
 def _quantize_if_calibrated(module: torch.nn.Module) -> None:
@@ -131,8 +127,8 @@ def quantized_as_calibrated(model: torch.nn.Module) -> Iterator[None]:
 
 def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits of one batch, [batch, sequence, vocabulary], with other modifiers' hooks silent."""
-    with HooksMixin.disable_hooks(), DisableQuantization(model), _forward_context(model):
-        return model(**_to_device(batch, get_execution_device(model))).logits
+    with forwards(model):
+        return model(**to_device(batch, get_execution_device(model))).logits
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -151,9 +147,25 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _forward_context(model: PreTrainedModel) -> Iterator[None]:
-    with torch.no_grad(), disable_cache(model), eval_context(model), disable_hf_kernels(model):
+def forwards(model: PreTrainedModel, *, quantized: bool = False) -> Iterator[None]:
+    """Context to call a model in while a recipe runs: other modifiers' hooks are silent, and nothing is learnt or
+    cached.
+
+    :param quantized: run modules that have a scheme as they will be served, and not in full precision
+    """
+    with (
+        HooksMixin.disable_hooks(),
+        _quantization(model, quantized),
+        torch.no_grad(),
+        disable_cache(model),
+        eval_context(model),
+        disable_hf_kernels(model),
+    ):
         yield
+
+
+def _quantization(model: PreTrainedModel, quantized: bool) -> contextlib.AbstractContextManager[Any]:
+    return quantized_as_calibrated(model) if quantized else DisableQuantization(model)
 
 
 def _run_block_by_block(
@@ -201,7 +213,8 @@ def _returns(value: Any) -> Callable[[], Any]:
     return config
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }

@@ -10,7 +10,9 @@ A weight that leaves the range of its scale is clamped; finetuning moves weights
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "fake_quantize_in_training",
+    "gradients_through_rounding",
     "has_quantized_modules",
+    "quantization_parameters",
     "start_fake_quantization",
     "straight_through",
 ]
@@ -57,6 +61,17 @@ def has_quantized_modules(model: nn.Module) -> bool:
     return any(hasattr(module, "quantization_scheme") for module in model.modules())
 
 
+def quantization_parameters(model: nn.Module) -> set[str]:
+    """Paths of scales, zero points and what else a format keeps beside a weight."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if hasattr(module, "quantization_scheme")
+        for name, _ in module.named_parameters(recurse=False)
+        if name not in ("weight", "bias")
+    }
+
+
 def start_fake_quantization(model: PreTrainedModel) -> None:
     """Turn a compressed model, in place, into one with floating-point weights that rounds as it runs.
 
@@ -83,6 +98,26 @@ def fake_quantize_in_training(model: nn.Module) -> None:
         for name in ("weight", "bias"):
             if getattr(module, name, None) is not None:
                 getattr(module, name).requires_grad_(True)
+
+
+@contextlib.contextmanager
+def gradients_through_rounding(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach what lies below modules that run quantized, for as long as the context is open."""
+    changed = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and getattr(module, "quantization_enabled", False)
+    ]
+    before = {module: module.__dict__.get("forward") for module in changed}
+    for module in changed:
+        module.forward = types.MethodType(_forward, module)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _forward(module: nn.Linear | nn.Embedding, values: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,12 @@ class TrimSession:
         )
         return replace(self.topology, blocks=blocks)
 
+    def running_topology(self) -> Topology:
+        """`topology_now` without the MoE layers that do not run any more."""
+        now, running = self.topology_now(), set(self.layers)
+        blocks = tuple(block if block.index in running else replace(block, moe=None) for block in now.blocks)
+        return replace(now, blocks=blocks)
+
     def layer(self, index: int) -> MoELayer:
         """An MoE layer as it is now (its expert count may have shrunk)."""
         return replace(self.topology.moe_layers[index], num_experts=len(self.experts(index)))

@@ -1,0 +1,1 @@
+"""Routers adjusted to what compression left: recorded before, fitted after, judged on held-out data."""

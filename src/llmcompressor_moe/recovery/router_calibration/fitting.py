@@ -1,0 +1,124 @@
+"""A few steps that bring MoE layers, or the whole model, back to what they gave before compression."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_execution_device
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmcompressor_moe.profile.forward import forwards, sum_over_ranks
+from llmcompressor_moe.profile.observing import RoutedObserver, first_tensor
+from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
+from llmcompressor_moe.recovery.router_calibration.outputs import OutputRecord, output_loss
+from llmcompressor_moe.recovery.router_calibration.recording import LayerRecord
+from llmcompressor_moe.recovery.router_calibration.trainables import LayerParameters, descend
+from llmcompressor_moe.topology import Block, Topology
+
+__all__ = ["common_steps", "fit_layer", "fit_outputs", "layer_error"]
+
+
+def fit_layer(
+    model: PreTrainedModel,
+    block: Block,
+    parameters: LayerParameters,
+    received: LayerRecord,
+    wanted: torch.Tensor,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Let one MoE layer give what is wanted from what it receives (least squares).
+
+    :param received: what it receives now
+    :param wanted: [tokens, hidden] what it gave for the same tokens before compression
+    """
+    moe = model.get_submodule(block.moe.module)
+    chunks = zip(
+        _spread(received.inputs, steps).split(-(-len(wanted) // steps)),
+        _spread(wanted, steps).split(-(-len(wanted) // steps)),
+        strict=True,
+    )
+    with _alone(model, block), parameters.active():
+        for _, (inputs, targets) in zip(descend([parameters], steps, learning_rate), chunks, strict=False):
+            with gradients_through_rounding(moe), torch.enable_grad():
+                error = _squared_error(model, block, received.norm, inputs, targets)
+                (error / _power(targets)).backward()
+
+
+@torch.no_grad()
+def layer_error(
+    model: PreTrainedModel,
+    block: Block,
+    parameters: LayerParameters,
+    received: LayerRecord,
+    wanted: torch.Tensor,
+) -> float:
+    """E ||MoE(x) - wanted||^2 / E ||wanted||^2 over the tokens of all ranks: 0 is equal, 1 as good as zeros."""
+    with _alone(model, block), parameters.active():
+        error = float(_squared_error(model, block, received.norm, received.inputs, wanted))
+    total, power = sum_over_ranks(torch.tensor([error, _power(wanted)], dtype=torch.float64)).tolist()
+    return total / power if power else 0.0
+
+
+def fit_outputs(
+    model: PreTrainedModel,
+    topology: Topology,
+    parameters: Mapping[int, LayerParameters],
+    record: OutputRecord,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Let the whole model say what it said before compression; each batch is seen once."""
+    shares = torch.arange(len(record.batches)).tensor_split(steps)
+    with contextlib.ExitStack() as stack:
+        for layer in parameters.values():
+            stack.enter_context(layer.active())
+        turns = descend(list(parameters.values()), steps, learning_rate)
+        for _, indices in zip(turns, tqdm(shares, desc="Calibrating routers", leave=False), strict=False):
+            for index in indices.tolist():
+                (output_loss(model, topology, record, index) / len(indices)).backward()
+
+
+def common_steps(wanted: int, available: int) -> int:
+    """Steps that every rank has data for: at most ``wanted``, at least one."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return max(1, min(wanted, available))
+    counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64)
+    counts[torch.distributed.get_rank()] = available
+    return max(1, min(wanted, int(sum_over_ranks(counts).min())))
+
+
+def _spread(values: torch.Tensor, steps: int) -> torch.Tensor:
+    """Rows in an order in which each of ``steps`` pieces holds tokens of all batches."""
+    order = torch.cat([torch.arange(first, len(values), steps) for first in range(steps)])
+    return values[order]
+
+
+@contextlib.contextmanager
+def _alone(model: PreTrainedModel, block: Block) -> Iterator[None]:
+    """One MoE layer on its device, experts on routed tokens only, quantized as it will be served."""
+    with RoutedObserver(model, block), forwards(model, quantized=True), disable_offloading():
+        yield
+
+
+def _squared_error(
+    model: nn.Module, block: Block, norm: str | None, inputs: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over tokens of ||MoE(x) - wanted||^2."""
+    moe = model.get_submodule(block.moe.module)
+    device = get_execution_device(
+        next(m for m in moe.modules() if any(True for _ in m.parameters(recurse=False)))
+    )
+    hidden = inputs.to(device)
+    if norm is not None:
+        hidden = model.get_submodule(norm)(hidden)
+    output = first_tensor(moe(hidden.unsqueeze(0))).reshape_as(targets)
+    return (output.float() - targets.to(device).float()).square().sum()
+
+
+def _power(targets: torch.Tensor) -> float:
+    return float(targets.float().square().sum(dtype=torch.float64))
