@@ -4,6 +4,7 @@ import typer
 
 from llmcompressor_moe.cli.check import check
 from llmcompressor_moe.cli.compress import compress
+from llmcompressor_moe.cli.densify import densify
 from llmcompressor_moe.cli.evaluate import evaluate
 from llmcompressor_moe.cli.forecast import forecast
 from llmcompressor_moe.cli.inspect import inspect
@@ -19,9 +20,10 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(compress)
 app.command()(check)
+app.command()(densify)
 app.command()(evaluate)
 app.command()(forecast)
 app.command()(recover)
 app.command()(sweep)
 
-__all__ = ["app", "check", "compress", "evaluate", "forecast", "inspect", "recover", "sweep"]
+__all__ = ["app", "check", "compress", "densify", "evaluate", "forecast", "inspect", "recover", "sweep"]
