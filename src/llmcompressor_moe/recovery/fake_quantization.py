@@ -6,6 +6,10 @@ gradients: those of rounded inputs would be lost, and with them the training of 
 Scales and zero points stay those of the checkpoint. The student then answers at its first step exactly as the
 checkpoint does, whatever observer or algorithm chose them, and what is compressed at the end is what was trained.
 A weight that leaves the range of its scale is clamped; finetuning moves weights by far less than a range.
+
+The price: weights start on the grid, and one that moves by less than half a step changes nothing. Steps of eight
+bits are fine enough for usual learning rates; those of four bits take rates of the order of a step over the number
+of updates, or leave the learning to what is not rounded (routers, norms, embeddings).
 """
 
 from __future__ import annotations

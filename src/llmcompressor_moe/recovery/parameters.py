@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.parts import ATTENTION, EXPERTS, ROUTER, SHARED, block_of, part_of
 from llmcompressor_moe.recovery.adapters import adapter_parameters, inner_model, plain_name, student_topology
+from llmcompressor_moe.recovery.fake_quantization import quantization_parameters
 from llmcompressor_moe.topology import Block
 
 __all__ = ["PARAMETER_SETS", "check_sets", "select", "set_of"]
@@ -70,7 +70,7 @@ def select(model: nn.Module, names: Sequence[str], field: str = "train") -> list
     inner = inner_model(model)
     topology = student_topology(inner)
     adapters = adapter_parameters(model)
-    fixed = _quantization_parameters(model)
+    fixed = quantization_parameters(model)
     found: dict[str, list[str]] = {name: [] for name in names}
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -89,16 +89,6 @@ def select(model: nn.Module, names: Sequence[str], field: str = "train") -> list
         if not paths:
             raise ValueError(_nothing(name, inner, field))
     return [path for path, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _quantization_parameters(model: nn.Module) -> set[str]:
-    return {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if hasattr(module, "quantization_scheme")
-        for name, value in module.named_parameters(recurse=False)
-        if isinstance(value, torch.Tensor) and name not in ("weight", "bias")
-    }
 
 
 def _nothing(name: str, model: PreTrainedModel, field: str) -> str:

@@ -14,12 +14,17 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import modi
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.check import CheckReport, check_checkpoint
+from llmcompressor_moe.check.expected import model_class
 from llmcompressor_moe.check.report import RESEARCH_CODES
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.layout import INDEX_NAME
-from llmcompressor_moe.inspection import inspect_model
+from llmcompressor_moe.inspection import read_config
 from llmcompressor_moe.loading import DTYPES, load_model
-from llmcompressor_moe.recovery.fake_quantization import has_quantized_modules, start_fake_quantization
+from llmcompressor_moe.recovery.fake_quantization import (
+    has_quantized_modules,
+    quantization_parameters,
+    start_fake_quantization,
+)
 from llmcompressor_moe.saving.save import HISTORY_FILE, save_says_what_it_is, saved_reports
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.repack import repack_experts
@@ -45,19 +50,22 @@ def load_student(path: str | Path, dtype: str = "auto", linear_experts: bool = F
     :param linear_experts: one Linear per projection and expert instead of fused experts, as modifiers need it;
         experts of a quantized checkpoint are so in any case
     :raises ValueError: the dtype is unknown, or see `load_model`
+    :raises IllegalCheckpointError: the checkpoint is not legal to serve, so what it becomes would not be either
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
-    quantized = inspect_model(path, schemes=()).quantization is not None
-    model = load_model(path, "auto")
+    # Before a training whose result would be refused.
+    check_checkpoint(path).raise_if_errors(research=True)
+    architecture = model_class(read_config(path))
+    model = load_model(path, "auto", architecture and architecture.__name__)
     model.config._name_or_path = str(path)
-    if quantized:
+    if getattr(model, "hf_quantizer", None) is not None:
         start_fake_quantization(model)
     elif linear_experts:
         linearize_moe(model)
     setattr(model, _STORED_DTYPES, {name: tensor.dtype for name, tensor in _stored_tensors(model)})
-    if dtype != "auto":
-        _cast(model, getattr(torch, dtype))
+    # Also where it stays as it is stored: some formats are decompressed to another one than the rest has.
+    _cast(model, model.config.dtype or model.dtype if dtype == "auto" else getattr(torch, dtype))
     return model.train()
 
 
@@ -79,8 +87,7 @@ def save_student(model: PreTrainedModel, directory: str | Path, source: str | Pa
     source = Path(source)
     research = _is_research_only(source)
     model.eval()
-    for name, tensor in _stored_tensors(model):
-        tensor.data = tensor.data.to(getattr(model, _STORED_DTYPES, {}).get(name, tensor.dtype))
+    _cast_as_stored(model)
     model.config._name_or_path = str(source)
     model._earlier_reports = saved_reports(source)
     model._research_only = research
@@ -124,16 +131,25 @@ def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give weights another dtype; scales, and what its family keeps in fp32, stay as they are."""
     fp32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    scales = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if hasattr(module, "quantization_scheme")
-        for name, _ in module.named_parameters(recurse=False)
-        if name not in ("weight", "bias")
-    }
+    scales = quantization_parameters(model)
     for name, tensor in _stored_tensors(model):
         if name not in scales and not fp32.intersection(name.split(".")):
             tensor.data = tensor.data.to(dtype)
+
+
+def _cast_as_stored(model: PreTrainedModel) -> None:
+    """Give everything the dtype that it came in, but for what will be compressed: that is rounded once, as it was
+    in training.
+    """
+    rounded = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if hasattr(module, "quantization_scheme") and module.quantization_scheme.weights is not None
+    }
+    dtypes = getattr(model, _STORED_DTYPES, {})
+    for name, tensor in _stored_tensors(model):
+        if name not in rounded:
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def _carry_over(source: Path, directory: Path) -> None:
