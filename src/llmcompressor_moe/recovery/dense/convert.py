@@ -347,8 +347,8 @@ def _most_useful(
     """The neurons that move the layer's output most, their router weights folded into the output weights.
 
     An expert adds g(x) sum_j d_j a_j(x) to the layer's output. A neuron's score is the sum over routed tokens of
-    ||g a_j d_j|| = g |a_j| ||d_j||: REAP's criterion for experts (Lasby et al., https://arxiv.org/abs/2510.13999,
-    eq. 9) taken for one neuron. In the dense model the neuron works on every token, so its output weights are
+    ||g a_j d_j|| = g |a_j| ||d_j||: REAP's criterion for experts (https://arxiv.org/abs/2510.13999), as a sum,
+    taken for one neuron. In the dense model the neuron works on every token, so its output weights are
     scaled with the mean of g over all tokens (0 where the expert is not chosen): the expectation of the layer's
     output as far as g and a_j are independent.
     """

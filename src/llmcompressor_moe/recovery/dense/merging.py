@@ -15,8 +15,8 @@ def average(experts: Sequence[FeedForward], shares: Sequence[float]) -> FeedForw
     """The experts' weights, averaged neuron by neuron.
 
     y = D~ (act(G~ x) * (U~ x)) with G~ = sum_e p_e G_e and so on: a merge in weight space, as in model soups
-    (Wortsman et al., https://arxiv.org/abs/2203.05482, eq. 1) and, with the use of the experts as p, in MC-SMoE
-    (Li et al., https://arxiv.org/abs/2310.01334, section 3.2). Exact where all experts are equal. It supposes that
+    (Wortsman et al., https://arxiv.org/abs/2203.05482) and, with the use of the experts as p, in MC-SMoE
+    (Li et al., https://arxiv.org/abs/2310.01334). Exact where all experts are equal. It supposes that
     neuron j does the same in every expert, which holds for experts copied from one dense model and is false for
     experts trained apart.
 
@@ -89,8 +89,9 @@ def refitted_down(
 
     With activations H [tokens, neurons] and wanted outputs Y [tokens, hidden] it is the D that minimises
     ||Y - H D^T||^2 + lambda ||D - D0||^2, so D^T = D0^T + (H^T H + lambda I)^-1 H^T (Y - H D0^T): the
-    reconstruction step of channel pruning (He, Zhang, Sun, https://arxiv.org/abs/1707.06168, eq. 1
-    with the channels fixed), with ridge regression's penalty around D0, so that neurons which the data hardly moves keep their weights.
+    reconstruction step of channel pruning (He, Zhang, Sun, https://arxiv.org/abs/1707.06168, with
+    the channels fixed), with ridge regression's penalty around D0, so that neurons which the data hardly moves
+    keep their weights.
 
     :param gram: H^T H, [neurons, neurons]
     :param residual: H^T (Y - H D0^T), [neurons, hidden]

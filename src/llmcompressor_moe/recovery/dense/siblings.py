@@ -46,13 +46,16 @@ class _Entry:
 
 _NORMS = (
     "it normalizes queries and keys over all heads at once and the input of each sublayer; OLMo 2 and 3 normalize "
-    "the sublayers' outputs instead, and every other dense family lacks those norms of queries and keys or has "
+    "the sublayers' outputs instead, and other dense families lack those norms of queries and keys or have "
     "them per head"
 )
-_PARTIAL_ROTARY = "it rotates a part of each head, halves apart; GLM's dense families rotate neighbours and normalize otherwise"
+_PARTIAL_ROTARY = (
+    "it rotates a part of each head, halves apart; GLM's dense families rotate neighbours and "
+    "normalize otherwise"
+)
 
 # Elsewhere the name without "moe" is the sibling's. Each entry was tried on tiny models with random weights: the
-# sibling's logits are the family's to the last bit (DeepSeek's to 1e-5) once the experts have been replaced.
+# sibling's logits are the family's once the experts have been replaced.
 _TABLE = {
     "mixtral": _Entry("mistral"),
     "flex_olmo": _Entry("olmo2"),
