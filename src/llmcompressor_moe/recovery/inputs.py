@@ -85,6 +85,7 @@ def check_inputs(
                 *(read_history(path) for path in (student, teacher)),
             )
             settings.weights.check_alignment(alignment)
+    _check_length(configs[student], settings)
     tokenizer = load_tokenizer(student)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rows = _rows(settings, tokenizer, ranks)
@@ -173,6 +174,15 @@ def _layout(config: ReadConfig) -> ModelLayout:
     return layout_for_alignment(lay_out(config).model)
 
 
+def _check_length(config: ReadConfig, settings: RecoverySettings) -> None:
+    limit = position_limit(config.parsed)
+    if limit is not None and settings.length > limit:
+        raise ValueError(
+            f"length={settings.length}, but the student has {limit} positions (max_position_embeddings); give at "
+            "most that."
+        )
+
+
 def _rows(settings: RecoverySettings, tokenizer: PreTrainedTokenizerBase, ranks: int) -> RecoveryRows:
     return recovery_rows(
         settings.data,
@@ -186,12 +196,6 @@ def _rows(settings: RecoverySettings, tokenizer: PreTrainedTokenizerBase, ranks:
 
 
 def _check_rows(rows: RecoveryRows, config: ReadConfig, settings: RecoverySettings, ranks: int) -> None:
-    limit = position_limit(config.parsed)
-    if limit is not None and settings.length > limit:
-        raise ValueError(
-            f"length={settings.length}, but the student has {limit} positions (max_position_embeddings); give at "
-            "most that."
-        )
     vocabulary = vocabulary_size(config.parsed)
     highest = int(max(rows.train.max(), rows.heldout.max()))
     if vocabulary is not None and highest >= vocabulary:

@@ -122,7 +122,13 @@ class RecoveryTrainer(Trainer):
         self.student = student
         self.progress = progress
         self._settings, self._teacher, self._rows, self._session = settings, teacher, rows, session
-        self._whole, self._report = whole, report
+        self._report = report
+        # Not the masks, which modifiers add while they train and make anew.
+        self._kept = (
+            None
+            if not whole
+            else {name for name, _ in [*student.named_parameters(), *student.named_buffers()]}
+        )
         self._meter, self._step_loss = _Meter(), None
         self._learning_rate, self._gradient_norm = 0.0, None
         self._started, self._seconds_before = 0.0, 0.0
@@ -236,12 +242,12 @@ class RecoveryTrainer(Trainer):
         return prepared
 
     def _state(self) -> dict[str, Tensor]:
-        found = {
-            name: parameter.detach()
-            for name, parameter in self.student.named_parameters()
-            if self._whole or parameter.requires_grad
-        }
-        return found | (dict(self.student.named_buffers()) if self._whole else {})
+        if self._kept is None:
+            return {
+                name: value.detach() for name, value in self.student.named_parameters() if value.requires_grad
+            }
+        every = dict([*self.student.named_parameters(), *self.student.named_buffers()])
+        return {name: every[name].detach() for name in sorted(self._kept)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # save_pretrained would give tensors the names of the family's files, under which the trainer does not find
