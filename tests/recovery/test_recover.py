@@ -9,7 +9,7 @@ import pytest
 import recovery_cases as cases
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.demo import DEMO_MODEL, heldout_texts, token_rows
@@ -17,6 +17,7 @@ from llmcompressor_moe.evaluation.likelihood import mean_negative_log_likelihood
 from llmcompressor_moe.loading import load_decompressed, load_tokenizer
 from llmcompressor_moe.recovery import RecoveryReport, RecoverySettings, recover
 from llmcompressor_moe.recovery.data import RecoveryRows, RowStream, recovery_rows
+from llmcompressor_moe.recovery.dense import to_dense
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +293,18 @@ def test_heldout_documents_are_not_trained_on(tmp_path: Path) -> None:
     assert (len(rows.train), len(rows.heldout)) == (8, 2)
     every = {tuple(row) for row in torch.cat([rows.train, rows.heldout]).tolist()}
     assert len(every) == 10
+
+
+def test_a_dense_student_learns_from_its_experts(models, tmp_path: Path) -> None:
+    _, base, text = models
+    dense = tmp_path / "dense"
+    to_dense(base, dense, method="average", refit=False, dataset=text, sequence_length=16, num_samples=4)
+    weights = {"logits_kl": 1, "hidden": 0.5}
+    found = recover(dense, tmp_path / "out", teacher=base, settings=settings(text, weights=weights))
+    assert set(found.log[-1].parts) == set(weights)
+    assert curve(found)[-1] < curve(found)[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    rows = rows_of(text, dense).heldout
+    assert mean_negative_log_likelihood(model, rows) == pytest.approx(found.end_nll, rel=1e-5)
+    with pytest.raises(ValueError, match="router_kl"):
+        recover(dense, tmp_path / "no", teacher=base, settings=settings(text, weights={"router_kl": 1}))

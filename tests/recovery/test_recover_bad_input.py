@@ -171,3 +171,9 @@ def test_calibrating_modifiers(tmp_path: Path, given) -> None:
 def test_ranks_that_share_a_model(tmp_path: Path, given, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("ACCELERATE_USE_FSDP is set, but .*every rank needs the", tmp_path, given)
+
+
+def test_somebody_elses_files_where_checkpoints_go(tmp_path: Path, given) -> None:
+    (tmp_path / "out.training").mkdir()
+    (tmp_path / "out.training" / "notes.txt").write_text("mine")
+    refused("out.training' is where checkpoints would go, and holds files", tmp_path, given)

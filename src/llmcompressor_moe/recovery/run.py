@@ -211,6 +211,11 @@ def _checkpoint_to_resume(directory: Path, identity: dict[str, Any], resume: boo
     :raises ValueError: there is a training that nobody wanted to resume, or another one
     """
     if not (directory / _RUN_FILE).exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise ValueError(
+                f"{str(directory)!r} is where checkpoints would go, and holds files of something else; move them, or "
+                "name another output."
+            )
         return None
     checkpoint = last_checkpoint(directory)
     if checkpoint is None:
