@@ -213,8 +213,8 @@ def _checkpoint_to_resume(directory: Path, identity: dict[str, Any], resume: boo
     if not (directory / _RUN_FILE).exists():
         if directory.exists() and any(directory.iterdir()):
             raise ValueError(
-                f"{str(directory)!r} is where checkpoints would go, and holds files of something else; move them, or "
-                "name another output."
+                f"{str(directory)!r} is where checkpoints would go, and holds files of something else; move "
+                "them, or name another output."
             )
         return None
     checkpoint = last_checkpoint(directory)
