@@ -153,6 +153,8 @@ def render(found: "Evaluation", console: Console) -> None:
         console.print(_communication(found))
     if found.speed:
         console.print(_speed(found))
+    if any(model.recovery for model in found.compressed):
+        console.print(_recovery(found))
     for engine, error in found.speed_errors.items():
         console.print(Text(f"speed in {engine} could not be measured: {error}", style="yellow"))
     for model in found.compressed:
@@ -187,6 +189,25 @@ def _quality(found: "Evaluation") -> Table:
             f"{agreed.mean_kl:.4f}" if agreed else "",
             f"{agreed.top1_agreement:.1%}" if agreed else "",
         )
+    return table
+
+
+def _recovery(found: "Evaluation") -> Table:
+    table = _table(
+        "Recovery (on its own held-out text, nats per token)",
+        ["model", "tokens", "before", "after", "teacher", "gap closed"],
+    )
+    for model in found.compressed:
+        curve = model.recovery
+        if curve is not None:
+            table.add_row(
+                _name(model),
+                f"{curve.tokens:,}",
+                f"{curve.start_nll:.4f}",
+                f"{curve.end_nll:.4f}",
+                "" if curve.teacher_nll is None else f"{curve.teacher_nll:.4f}",
+                "" if curve.gap_closed is None else f"{curve.gap_closed:.1%}",
+            )
     return table
 
 

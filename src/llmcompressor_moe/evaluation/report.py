@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from llmcompressor_moe.evaluation.agreement import Agreement
 from llmcompressor_moe.evaluation.communication import CommunicationComparison
 from llmcompressor_moe.evaluation.cost import ModelCost
+from llmcompressor_moe.evaluation.recovered import RecoveryCurve
 from llmcompressor_moe.evaluation.routing import RoutingComparison
 from llmcompressor_moe.evaluation.speed import SpeedComparison
 from llmcompressor_moe.evaluation.tasks import TaskScore
@@ -38,12 +39,14 @@ class CompressedEvaluation(BaseEvaluation):
     :param agreement: how much it says the same as the base, token by token
     :param routing: what its routers choose against the base's
     :param communication: what expert parallelism moves, per number of ranks that was asked for
+    :param recovery: what training won back, where it was trained
     :param broken_limits: limits that it does not keep
     """
 
     agreement: Agreement
     routing: RoutingComparison
     communication: list[CommunicationComparison] = []
+    recovery: RecoveryCurve | None = None
     broken_limits: list[BrokenLimit] = []
 
 

@@ -26,6 +26,7 @@ from llmcompressor_moe.evaluation.in_memory import (
     measured,
     recorded_figures,
 )
+from llmcompressor_moe.evaluation.recovered import read_recovery
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
 from llmcompressor_moe.evaluation.routing import compare_records
 from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
@@ -166,6 +167,7 @@ def evaluate_compressed(
     settings = record.settings
     announce(f"Compressed model: {path}")
     history, base_history = read_history(path), read_history(record.found.path)
+    recovery = read_recovery(path)
     cost = model_cost(path, contexts=settings.contexts, batches=settings.batches)
     model = _load(path, settings)
     base = record.figures
@@ -178,6 +180,7 @@ def evaluate_compressed(
         tasks=_tasks(path, model, base.tokenizer, settings),
         agreement=found.agreement,
         routing=compared,
+        recovery=recovery,
         communication=[
             compare_communication(
                 base.routing,

@@ -50,7 +50,7 @@ class RouterCalibrationModifier(MoEModifier):
     :param parts: what may move: ``router``, ``norms`` (the norm before each MoE layer), ``scales`` (a factor on
         each expert's output, put into its weights)
     :param share: share of the calibration batches that is fitted on; a step on a batch costs about three
-        forward passes (output), so that 0.6 costs less than two passes over all of them
+        forward passes (output)
     :param steps: steps of gradient descent, at most; the batches are divided among them
     :param learning_rate: of Adam, relative to the root mean square of each tensor; falls to zero
     :param layer_tokens: tokens that each MoE layer is fitted on (``layer``)
@@ -61,7 +61,7 @@ class RouterCalibrationModifier(MoEModifier):
 
     objective: Literal["auto", "output", "layer"] = "auto"
     parts: list[str] = Field(default_factory=lambda: ["router", "norms"])
-    share: float = Field(default=0.6, gt=0, le=1)
+    share: float = Field(default=0.5, gt=0, le=1)
     steps: int = Field(default=20, ge=1)
     learning_rate: float = Field(default=0.08, gt=0, lt=1)
     layer_tokens: int = Field(default=4096, ge=1)

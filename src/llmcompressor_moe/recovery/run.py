@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.files import write_text
+from llmcompressor_moe.evaluation.recovered import RECOVERY_FILE
 from llmcompressor_moe.loading import load_decompressed
 from llmcompressor_moe.recovery.adapters import inner_model
 from llmcompressor_moe.recovery.cache import has_cache, open_cache, write_cache
@@ -45,9 +46,8 @@ from llmcompressor_moe.recovery.trainer import (
     training_arguments,
 )
 
-__all__ = ["REPORT_FILE", "RecoveryReport", "recover"]
+__all__ = ["RecoveryReport", "recover"]
 
-REPORT_FILE = "recovery.json"
 _RUN_FILE = "run.json"
 _CARD = "README.md"
 # Dimensions of a fused module's weights: experts, rows, columns.
@@ -356,7 +356,7 @@ def _save(
         return
     with atomic_directory(output) as written:
         save_student(model, written, student)
-        (written / REPORT_FILE).write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (written / RECOVERY_FILE).write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
         plot = curves_png(progress)
         if plot is not None:
             (written / PLOT_FILE).write_bytes(plot)
@@ -365,7 +365,7 @@ def _save(
             text = card.read_text(encoding="utf-8")
             picture = "" if plot is None else f"\n![curves]({PLOT_FILE})\n"
             card.write_text(
-                f"{text}\n## Recovery\n\n{found.describe()} `{REPORT_FILE}` holds settings and curve.\n{picture}",
+                f"{text}\n## Recovery\n\n{found.describe()} `{RECOVERY_FILE}` holds settings and curve.\n{picture}",
                 encoding="utf-8",
             )
     state.wait_for_everyone()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmcompressor_moe.profile.forward import forwards, sum_over_ranks
 from llmcompressor_moe.profile.observing import RoutedObserver, first_tensor
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
-from llmcompressor_moe.recovery.router_calibration.outputs import OutputRecord, output_loss
+from llmcompressor_moe.recovery.router_calibration.outputs import OutputRecord, learning, output_loss
 from llmcompressor_moe.recovery.router_calibration.recording import LayerRecord
 from llmcompressor_moe.recovery.router_calibration.trainables import LayerParameters, descend
 from llmcompressor_moe.topology import Block, Topology
@@ -42,7 +42,7 @@ def fit_layer(
         _spread(wanted, steps).split(-(-len(wanted) // steps)),
         strict=True,
     )
-    with _alone(model, block), parameters.active():
+    with _frozen(moe), _alone(model, block), parameters.active():
         for _, (inputs, targets) in zip(descend([parameters], steps, learning_rate), chunks, strict=False):
             with gradients_through_rounding(moe), torch.enable_grad():
                 error = _squared_error(model, block, received.norm, inputs, targets)
@@ -75,12 +75,15 @@ def fit_outputs(
     """Let the whole model say what it said before compression; each batch is seen once."""
     shares = torch.arange(len(record.batches)).tensor_split(steps)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        stack.enter_context(learning(model, topology))
         for layer in parameters.values():
             stack.enter_context(layer.active())
         turns = descend(list(parameters.values()), steps, learning_rate)
         for _, indices in zip(turns, tqdm(shares, desc="Calibrating routers", leave=False), strict=False):
             for index in indices.tolist():
-                (output_loss(model, topology, record, index) / len(indices)).backward()
+                with torch.enable_grad():
+                    (output_loss(model, record, index) / len(indices)).backward()
 
 
 def common_steps(wanted: int, available: int) -> int:
@@ -90,6 +93,20 @@ def common_steps(wanted: int, available: int) -> int:
     counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64)
     counts[torch.distributed.get_rank()] = available
     return max(1, min(wanted, int(sum_over_ranks(counts).min())))
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients of weights that stay as they are would double the work."""
+    with disable_offloading():
+        before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in before:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in before:
+                parameter.requires_grad_(True)
 
 
 def _spread(values: torch.Tensor, steps: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from llmcompressor_moe.recovery.fake_quantization import gradients_through_round
 from llmcompressor_moe.recovery.losses import TopLogits, top_logits_kl
 from llmcompressor_moe.topology import Topology
 
-__all__ = ["OutputRecord", "mean_divergence", "output_loss", "record_outputs"]
+__all__ = ["OutputRecord", "learning", "mean_divergence", "output_loss", "record_outputs"]
 
 # Of a vocabulary of 150,000, a batch of 2048 tokens keeps 1.5 MB instead of 600.
 _TOP = 128
@@ -63,11 +63,17 @@ def mean_divergence(
     return total / max(tokens, 1.0)
 
 
-def output_loss(model: PreTrainedModel, topology: Topology, record: OutputRecord, index: int) -> torch.Tensor:
-    """The divergence on one recorded batch, with a graph behind it."""
-    with _routed(model, topology, quantized=True), gradients_through_rounding(model), torch.enable_grad():
-        logits = _logits(model, record.batches[index])
-        return top_logits_kl(logits, _on(record.tops[index], logits.device))
+@contextlib.contextmanager
+def learning(model: PreTrainedModel, topology: Topology) -> Iterator[None]:
+    """Context for `output_loss`: the model runs as it will be served, and gradients pass its rounding."""
+    with _routed(model, topology, quantized=True), gradients_through_rounding(model):
+        yield
+
+
+def output_loss(model: PreTrainedModel, record: OutputRecord, index: int) -> torch.Tensor:
+    """The divergence on one recorded batch, inside `learning`; with a graph where gradients are enabled."""
+    logits = _logits(model, record.batches[index])
+    return top_logits_kl(logits, _on(record.tops[index], logits.device))
 
 
 @contextlib.contextmanager
