@@ -364,8 +364,6 @@ def _save(
         if card.exists():
             text = card.read_text(encoding="utf-8")
             picture = "" if plot is None else f"\n![curves]({PLOT_FILE})\n"
-            card.write_text(
-                f"{text}\n## Recovery\n\n{found.describe()} `{RECOVERY_FILE}` holds settings and curve.\n{picture}",
-                encoding="utf-8",
-            )
+            told = f"{found.describe()} `{RECOVERY_FILE}` holds settings and curve.\n{picture}"
+            card.write_text(f"{text}\n## Recovery\n\n{told}", encoding="utf-8")
     state.wait_for_everyone()
