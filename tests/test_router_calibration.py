@@ -33,11 +33,16 @@ HALF = {"mixtral": 4, "qwen2_moe": 4, "olmoe": 4, "deepseek_v3": 4, "granitemoe"
 
 
 def calibrated(
-    base: Path, tmp_path: Path, *before: Any, output: Path | None = None, **fields: Any
+    base: Path,
+    tmp_path: Path,
+    *before: Any,
+    output: Path | None = None,
+    pipeline: str = "independent",
+    **fields: Any,
 ) -> tuple[PreTrainedModel, RouterCalibrationReport]:
     path = tmp_path / "report.json"
     modifier = RouterCalibrationModifier(report_path=str(path), **fields)
-    options = {"output_dir": str(output)} if output else {}
+    options = {"pipeline": pipeline, **({"output_dir": str(output)} if output else {})}
     ids = support.token_ids(24)
     model = support.trim(support.load(base), [*before, modifier], ids=ids, **options)
     return model, RouterCalibrationReport.load(path)
@@ -53,13 +58,17 @@ def test_wins_back_a_fifth_of_what_dropping_half_of_the_experts_cost(tmp_path: P
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     rows = torch.tensor(heldout_rows(tokenizer)[::3])
 
-    def after(*more: Any) -> float:
+    def after(*more: Any) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
         recipe = [ExpertDropModifier(num_drop=4), *more]
-        return perplexity(oneshot(model=model, recipe=recipe, dataset=calibration_dataset(tokenizer)), rows)
+        return oneshot(model=model, recipe=recipe, dataset=calibration_dataset(tokenizer))
 
     base = perplexity(AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32), rows)
-    dropped, mended = after(), after(RouterCalibrationModifier(report_path=str(tmp_path / "report.json")))
+    plain, fitted = after(), after(RouterCalibrationModifier(report_path=str(tmp_path / "report.json")))
+    dropped, mended = perplexity(plain, rows), perplexity(fitted, rows)
+    moved = changed(plain, fitted)
+    assert len(moved) == 2 * 8
+    assert all(name.endswith(("gate.weight", "post_attention_layernorm.weight")) for name in moved)
     assert (dropped - mended) / (dropped - base) >= 0.2
     report = RouterCalibrationReport.load(tmp_path / "report.json")
     assert report.kept and report.held_out and report.objective == "output"
@@ -90,6 +99,32 @@ def test_only_what_was_named_moves(model_type: str, objective: str, tmp_path: Pa
     if report.kept:
         assert report.divergence_after < report.divergence_before
     assert torch.isfinite(support.logits(model)).all()
+
+
+def test_pipelines_agree(tmp_path: Path) -> None:
+    """Upstream's sequential pipeline runs a recipe's ends while the LM head is out."""
+    base = support.saved("mixtral", tmp_path)
+    drop = {"experts": {0: [0, 1], 2: [3]}}
+    models, reports = zip(
+        *(
+            calibrated(
+                base,
+                tmp_path,
+                ExpertDropModifier(**drop),
+                objective="output",
+                learning_rate=0.02,
+                pipeline=pipeline,
+            )
+            for pipeline in ("independent", "sequential")
+        ),
+        strict=True,
+    )
+    one, other = reports
+    assert one.divergence_before == pytest.approx(other.divergence_before, rel=1e-4)
+    for index, layer in one.layers.items():
+        assert layer.error_after != layer.error_before
+        assert layer.error_after == pytest.approx(other.layers[index].error_after, rel=1e-3)
+    torch.testing.assert_close(support.logits(models[0]), support.logits(models[1]), atol=1e-4, rtol=1e-3)
 
 
 def test_what_does_not_help_is_undone(tmp_path: Path) -> None:

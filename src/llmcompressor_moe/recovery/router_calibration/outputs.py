@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
+from compressed_tensors.utils import patch_attr
+from llmcompressor.utils.helpers import disable_lm_head
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -84,6 +86,18 @@ def _routed(model: PreTrainedModel, topology: Topology, *, quantized: bool = Fal
             if block.moe is not None:
                 stack.enter_context(RoutedObserver(model, block))
         stack.enter_context(forwards(model, quantized=quantized))
+        stack.enter_context(_lm_head(model))
+        yield
+
+
+@contextlib.contextmanager
+def _lm_head(model: PreTrainedModel) -> Iterator[None]:
+    """Upstream's sequential pipeline takes the LM head out until its pass is over, and recipes end within it."""
+    head = model.get_output_embeddings()
+    if disable_lm_head.__name__ not in getattr(head.forward, "__qualname__", ""):
+        yield
+        return
+    with patch_attr(head, "forward", type(head).forward.__get__(head)):
         yield
 
 
