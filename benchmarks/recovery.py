@@ -1,6 +1,6 @@
 """How much of what compression cost can be won back, by which loss, and with how many tokens.
 
-    python -m llmcompressor_moe.demo.train --cache /tmp/text --output build/demo --steps 0    # writes the text
+    python -m llmcompressor_moe.demo.train --cache build/packages --output build/demo --texts-only
     python benchmarks/recovery.py --text build/demo/text/train.txt --output build/recovery
 
 Students are the demo model with a quarter of its MoE layers, a quarter of its blocks, or half of its experts dropped, and
@@ -154,7 +154,7 @@ def main(
         "build/recovery"
     ),
     steps: Annotated[int, typer.Option(help="Optimizer steps of 2048 tokens.")] = 30,
-    long_steps: Annotated[int, typer.Option(help="The same for the curves.")] = 300,
+    long_steps: Annotated[int, typer.Option(help="The same for the curves.")] = 200,
     seeds: Annotated[int, typer.Option(help="Seeds per mixture.")] = 3,
     only: Annotated[str | None, typer.Option(help="One student.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import composition_table
 import pytest
 import support
 import tiny_models
@@ -209,6 +210,25 @@ def test_after_quantization(schemes: list[str], tmp_path: Path) -> None:
     assert check_checkpoint(out).ok
     loaded = support.load(out)
     torch.testing.assert_close(support.logits(loaded), support.logits(model), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "wanda", "reap"])
+def test_behind_upstreams_modifiers(name: str, tmp_path: Path) -> None:
+    base, out = support.saved("mixtral", tmp_path), tmp_path / "out"
+    made = composition_table.PARTS[name].make()
+    model, report = calibrated(
+        base,
+        tmp_path,
+        *made,
+        output=out,
+        pipeline="sequential",
+        learning_rate=0.02,
+        parts=["router", "norms"],
+    )
+    assert report.divergence_after <= report.divergence_before
+    assert any(layer.error_after != layer.error_before for layer in report.layers.values())
+    assert check_checkpoint(out).ok
+    torch.testing.assert_close(support.logits(support.load(out)), support.logits(model), atol=1e-4, rtol=1e-3)
 
 
 def test_offloaded_models_are_calibrated_by_layer(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_co
 from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
 from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
 from llmcompressor_moe.modifiers.part_drop import PartDropModifier
+from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
+from llmcompressor_moe.modifiers.router_calibration import RouterCalibrationModifier
 from llmcompressor_moe.parts import ATTENTION, DENSE, SHARED
 from llmcompressor_moe.plan import amount_of
 from llmcompressor_moe.quantization.refusals import check_servable
@@ -90,7 +92,8 @@ def forecast(path: str | Path, recipe: Recipe) -> list[Step]:
         elif isinstance(modifier, RouterAwareQuantModifier):
             with _trimmed(path, shape) as directory:
                 steps.append(_slim(directory, name, modifier))
-        else:
+        elif not isinstance(modifier, QualityGateModifier | RouterCalibrationModifier):
+            # Those two weigh nothing.
             raise ForecastError(f"{name}: sizes after it are not known from a config.")
     return steps
 

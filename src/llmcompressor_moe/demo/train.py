@@ -324,6 +324,9 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints, a multiple of 50.")] = 200,
+    texts_only: Annotated[
+        bool, typer.Option(help="Write the texts, train.txt too, and train nothing.")
+    ] = False,
 ) -> None:
     """Train the demo model."""
     recipe = Recipe(steps=steps)
@@ -333,8 +336,10 @@ def main(
         use: [doc for splits in texts.values() for doc in getattr(splits, use)]
         for use in ("train", "calibration", "heldout")
     }
-    for use in ("calibration", "heldout"):
+    for use in parts if texts_only else ("calibration", "heldout"):
         write_texts(parts[use], output / "text" / f"{use}.txt")
+    if texts_only:
+        return
 
     model = build_model(recipe, kind)
     prose = chain.from_iterable(map(corpus.passages, parts["train"]))
