@@ -1,6 +1,6 @@
 """One of several ranks that trim a model together: run by test_ranks.py through torch.distributed.run.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/one_rank.py BASE OUT [plan]
+python -m torch.distributed.run --nproc_per_node 2 tests/one_rank.py BASE OUT [plan|calibrate]
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import distributed as dist
 
-from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe import (
+    BlockDropModifier,
+    ExpertDropModifier,
+    LayerDropModifier,
+    RouterCalibrationModifier,
+)
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.schemes import resolve_schemes
 from llmcompressor_moe.surgery.session import TrimSession
@@ -41,6 +46,18 @@ def plan_of(base: Path, ids: torch.Tensor) -> str:
     return json.dumps({"layers": layers, "calibration": decided["calibration"]})
 
 
+def calibrated(base: Path, ids: torch.Tensor) -> str:
+    """What router calibration made of routers, norms and experts, as one line of JSON."""
+    drop = ExpertDropModifier(experts={0: [0, 1], 2: [3]})
+    fit = RouterCalibrationModifier(
+        objective="layer", parts=["router", "norms", "scales"], learning_rate=0.02
+    )
+    model = support.trim(support.load(base), [drop, fit], ids=ids)
+    sums = {name: value.double().sum().item() for name, value in model.named_parameters()}
+    report = model._trim_history[-1]
+    return json.dumps({"sums": sums, "report": report.model_dump(mode="json", exclude={"settings"})})
+
+
 def main(base: Path, out: Path, kind: Path = Path("trim")) -> None:
     torch.set_num_threads(1)
     ids = support.token_ids()
@@ -48,6 +65,9 @@ def main(base: Path, out: Path, kind: Path = Path("trim")) -> None:
         dist.init_process_group("gloo")
         # Each rank brings its own part of the data, as upstream asks for.
         ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
+    if kind.name == "calibrate":
+        print("calibrated", calibrated(base, ids))
+        return
     recipe = [
         LayerDropModifier(num_drop=1, report_path=f"{out}-layer.json"),
         BlockDropModifier(num_drop=1, metric="kl", report_path=f"{out}-block.json"),

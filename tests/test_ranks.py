@@ -68,3 +68,20 @@ def test_two_ranks_choose_the_precision_that_one_chooses(tmp_path: Path) -> None
         assert ours["routed_tokens"] == theirs["routed_tokens"]
         assert ours["candidates"] == pytest.approx(theirs["candidates"], rel=1e-5)
     assert {plan["scheme"] for plan in first["layers"].values()} == {"W4A16", "W8A16"}
+
+
+def test_two_ranks_calibrate_routers_alike(tmp_path: Path) -> None:
+    base = support.saved("mixtral", tmp_path)
+    lines = run(base, tmp_path, 2, "calibrate").splitlines()
+    first, second = (json.loads(line.split(" ", 1)[1]) for line in lines if line.startswith("calibrated "))
+    assert first["sums"] == second["sums"]
+    assert first["report"]["layers"] == second["report"]["layers"]
+    assert first["report"]["divergence_after"] <= first["report"]["divergence_before"]
+    dropped, before = {0: [0, 1], 2: [3]}, dict(support.load(base).named_parameters())
+    for index, layer in first["report"]["layers"].items():
+        name = f"model.layers.{index}.mlp.experts.down_proj"
+        kept = [e for e in range(len(before[name])) if e not in dropped.get(int(index), [])]
+        factors = torch.tensor(layer["factors"] or [1.0] * len(kept))
+        # Weights that ranks share are multiplied once.
+        expected = (before[name][kept].double().sum((1, 2)) * factors).sum().item()
+        assert first["sums"][name] == pytest.approx(expected, rel=1e-4, abs=1e-3)

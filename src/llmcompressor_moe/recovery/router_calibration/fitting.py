@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device
 from torch import nn
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def fit_outputs(
 
 def common_steps(wanted: int, available: int) -> int:
     """Steps that every rank has data for: at most ``wanted``, at least one."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not is_distributed():
         return max(1, min(wanted, available))
     counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64)
     counts[torch.distributed.get_rank()] = available

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import (
     align_modules,
     disable_offloading,
@@ -112,13 +113,20 @@ class LayerParameters:
         """Multiply each expert's last Linear by its factor: what the hooks did is then in the weights."""
         if self.factors is None:
             return
+        scaled = []
         for expert, factor in zip(self.experts, self.factors.tolist(), strict=True):
             down = expert.down_proj
-            for name in ("weight", "bias", "weight_scale"):
-                if getattr(down, name, None) is not None:
-                    with align_modules([down]):
-                        value = getattr(down, name) * factor
-                    update_offload_parameter(down, name, value)
+            with align_modules([down]):
+                scaled += [
+                    (down, name, getattr(down, name) * factor)
+                    for name in ("weight", "bias", "weight_scale")
+                    if getattr(down, name, None) is not None
+                ]
+        # Ranks may share their weights: all have read them before anyone writes.
+        if is_distributed():
+            torch.distributed.barrier()
+        for module, name, value in scaled:
+            update_offload_parameter(module, name, value)
 
 
 def can_scale(experts: Iterable[nn.Module]) -> bool:
