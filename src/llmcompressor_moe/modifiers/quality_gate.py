@@ -24,7 +24,7 @@ class QualityGateModifier(MoEModifier):
     """Measures the model before the recipe and after it, on text of your choice; a model that breaks a limit is
     saved beside the output directory, as ``OUTPUT.rejected``, and saving ends with an error that names the limit.
 
-    Stands at the end of a recipe. Takes at least one limit; see `evaluation.gate.Limits` for them.
+    Stands at the end of a recipe. Takes at least one limit; see `limits.Limits` for them.
 
     Sample YAML::
 
