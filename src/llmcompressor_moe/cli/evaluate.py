@@ -37,7 +37,7 @@ def evaluate(
             'file with "text", or a saved or named dataset.',
         ),
     ] = "demo",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 65536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, about; whole documents.")] = 65536,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens per window; 2048 or what the model takes.")
     ] = None,

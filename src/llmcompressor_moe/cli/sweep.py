@@ -29,7 +29,7 @@ def sweep(
     sequence_length: SequenceLength = 256,
     kl_samples: KlSamples = 16,
     text: Annotated[str, typer.Option("--text", "-t", help="Text that points are measured on.")] = "demo",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, at most.")] = 65536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, about; whole documents.")] = 65536,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens per window.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens that a further window predicts.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
