@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import support
 import tiny_models
@@ -54,8 +56,8 @@ def test_merged_adapters_answer_as_they_did_beside_the_weights(family, target):
     torch.testing.assert_close(support.logits(adapted), before, atol=1e-4, rtol=1e-4)
     select(adapted, ["lora"])
     losses = trained(adapted)
-    # The choice of experts jumps, so not every step of a router is one downhill.
-    assert min(losses[1:]) < losses[0]
+    # Where another expert is chosen the loss jumps, whichever way; every other step is one downhill.
+    assert sum(after < before for before, after in itertools.pairwise(losses)) >= len(losses) - 2
     answers = support.logits(adapted)
     assert (answers - before).abs().max() > 1e-3
     merged = merge_lora(adapted)
