@@ -27,6 +27,7 @@ def report() -> RecoveryReport:
         ranks=1,
         trained_parameters=1,
         total_parameters=2,
+        moe_layers=1,
         train_rows=3,
         heldout_rows=1,
         steps=2,

@@ -65,7 +65,7 @@ def refused(message: str, tmp_path: Path, given: dict[str, Path], **changes) -> 
         ({"precision": "fp16", "dtype": "bfloat16"}, "weights in float32, not dtype='bfloat16'"),
         ({"cache": "c", "weights": {"router_kl": 1}}, "router_kl need the teacher itself, and a cache holds"),
         ({"cache": "c", "weights": {"next_token": 1, "logits_kl": 0}}, "cache='c' serves logits_kl"),
-        ({"teacher": None}, "logits_kl compare with a teacher, and there is none; name the"),
+        ({"teacher": None}, "logits_kl: a teacher to compare with is missing; name the"),
         ({"length": 512}, "length=512, but the student has 256 positions"),
         (
             {"batch_size": 400},

@@ -247,7 +247,8 @@ def render(found: "RecoveryReport", console: Console) -> None:
         ),
         soft_wrap=True,
     )
-    measure = f" {found.teacher} {found.output}" if found.teacher is not None else f" {found.output}"
+    # What evaluate compares is MoE models.
+    compared = found.teacher is not None and found.moe_layers
+    command = f"evaluate {found.teacher}" if compared else "check"
     console.print(Text("next:", style="bold"))
-    command = "evaluate" if found.teacher is not None else "check"
-    console.print(Text(f"  llmcompressor-moe {command}{measure}"), soft_wrap=True)
+    console.print(Text(f"  llmcompressor-moe {command} {found.output}"), soft_wrap=True)

@@ -56,7 +56,7 @@ def sweep(
     from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.sweep.grid import load_grid
     from llmcompressor_moe.sweep.page import write_page
-    from llmcompressor_moe.sweep.plots import write_plots
+    from llmcompressor_moe.sweep.plots import PlotsMissingError, write_plots
     from llmcompressor_moe.sweep.run import SweepSettings, run_sweep
 
     steps = Console(stderr=True)
@@ -85,8 +85,11 @@ def sweep(
             ),
             announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
         )
-        write_plots(report, output)
         write_page(report, output / "report.html")
+        try:
+            write_plots(report, output)
+        except PlotsMissingError as error:
+            steps.print(Text(f"no PNG files: {error}", style="yellow"), soft_wrap=True)
     render(report, Console())
     Console().print(Text(f"open {output / 'report.html'}"), soft_wrap=True)
 

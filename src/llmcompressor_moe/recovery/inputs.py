@@ -139,8 +139,8 @@ def _check_places(
 ) -> None:
     if teacher is None and settings.weights.of_teacher:
         raise ValueError(
-            f"{' and '.join(settings.weights.of_teacher)} compare with a teacher, and there is none; name the "
-            "model that the student was made from as teacher, or train on next_token alone."
+            f"{' and '.join(settings.weights.of_teacher)}: a teacher to compare with is missing; name the model "
+            "that the student was made from as teacher, or train on next_token alone."
         )
     if settings.cache is not None and teacher is None:
         raise ValueError(f"cache={str(settings.cache)!r} is of a teacher, and there is none; name one.")

@@ -19,7 +19,7 @@ from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.files import write_text
 from llmcompressor_moe.evaluation.recovered import RECOVERY_FILE
 from llmcompressor_moe.loading import load_decompressed
-from llmcompressor_moe.recovery.adapters import inner_model
+from llmcompressor_moe.recovery.adapters import inner_model, student_topology
 from llmcompressor_moe.recovery.cache import has_cache, open_cache, write_cache
 from llmcompressor_moe.recovery.data import rows_digest
 from llmcompressor_moe.recovery.fake_quantization import has_quantized_modules
@@ -61,6 +61,7 @@ class RecoveryReport(BaseModel):
     :param ranks: processes that trained together
     :param trained_parameters: values that trained
     :param total_parameters: of the student, adapters left out
+    :param moe_layers: of the student; 0 for a dense one
     :param train_rows: rows of ``settings.length`` tokens there were to train on
     :param tokens: tokens trained on
     :param start_nll: nats per held-out token of the student before; in the dtype of training, as all of these
@@ -77,6 +78,7 @@ class RecoveryReport(BaseModel):
     ranks: int
     trained_parameters: int
     total_parameters: int
+    moe_layers: int
     train_rows: int
     heldout_rows: int
     steps: int
@@ -182,6 +184,7 @@ def recover(
         total_parameters=sum(value.numel() for value in merged.parameters())
         if merged is not model
         else total,
+        moe_layers=len(student_topology(inner_model(merged)).moe_layers),
         train_rows=len(inputs.rows.train),
         heldout_rows=len(inputs.rows.heldout),
         steps=inputs.steps,
