@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, RouterAwareQuantModifier
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.names import expert_names
-from llmcompressor_moe.quantization.heldout import split_held_out
+from llmcompressor_moe.profile.splitting import split_held_out
 from llmcompressor_moe.quantization.report import QuantReport
 from llmcompressor_moe.topology import expert_modules, find_topology
 

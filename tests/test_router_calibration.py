@@ -148,7 +148,7 @@ def test_figures_are_those_of_plain_hooks(tmp_path: Path) -> None:
         base, tmp_path, ExpertDropModifier(experts={1: [0]}), learning_rate=1e-12, steps=1
     )
     ids = support.token_ids(24)
-    from llmcompressor_moe.quantization.heldout import split_held_out
+    from llmcompressor_moe.profile.splitting import split_held_out
 
     held = split_held_out([{"input_ids": row[None]} for row in ids])[1]
     kls = [

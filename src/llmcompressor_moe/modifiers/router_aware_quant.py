@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before, recipe_modifiers
+from llmcompressor_moe.profile.splitting import split_held_out
 from llmcompressor_moe.quantization import algorithms, heldout, refusals
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.report import QuantReport
@@ -173,9 +174,7 @@ class RouterAwareQuantModifier(MoEModifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Measure, choose, hand over to upstream."""
         session, skip = self._session, self._not_running()
-        fit, held, apart = (
-            heldout.split_held_out(self._batches) if self._batches is not None else ([], [], False)
-        )
+        fit, held, apart = split_held_out(self._batches) if self._batches is not None else ([], [], False)
         change = None
         if self._router_scheme is not None:
             change = guard_routers(session, self._router_scheme, held, self.max_routing_change, skip)

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
 from llmcompressor_moe.profile.forward import is_offloaded
-from llmcompressor_moe.quantization.heldout import split_held_out
+from llmcompressor_moe.profile.splitting import split_held_out
 from llmcompressor_moe.recovery.router_calibration.calibrate import (
     CalibrationSettings,
     Recording,

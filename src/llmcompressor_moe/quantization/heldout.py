@@ -1,8 +1,7 @@
-"""Batches that no decision was made on, and what the model does on them before and after quantization."""
+"""What the model does on held-out batches before and after quantization."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,9 @@ from llmcompressor_moe.profile.samples import LayerSample, collect_samples
 from llmcompressor_moe.routing.fidelity import RoutingFidelity, restricted, routing_fidelity
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["Reference", "judge", "observe_reference", "split_held_out"]
+__all__ = ["Reference", "judge", "observe_reference"]
 
-# Enough for the figures, little enough to hold.
-_TOKENS = 8192
 _TOKENS_PER_EXPERT = 64
-_SHARE = 8
 
 
 @dataclass
@@ -41,27 +37,6 @@ class Reference:
     traces: dict[int, RouterTrace]
     samples: dict[int, LayerSample]
     expert_ids: dict[int, list[int]]
-
-
-def split_held_out(
-    batches: Sequence[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Batches to decide on, an eighth (8192 tokens at most) to judge by, and whether they differ.
-
-    Which is which follows from what the batches hold, not from the order in which a shuffling loader gives them.
-    """
-    every = sorted(batches, key=_fingerprint)
-    if len(every) < 2:
-        return every, every, False
-    count, tokens = 0, 0
-    while count < max(1, len(every) // _SHARE) and (not count or tokens < _TOKENS):
-        count += 1
-        tokens += every[-count]["input_ids"].numel()
-    return every[:-count], every[-count:], True
-
-
-def _fingerprint(batch: dict[str, Any]) -> str:
-    return hashlib.sha256(batch["input_ids"].cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def observe_reference(
