@@ -319,3 +319,10 @@ def test_autocast_is_as_good_as_float32(models, plain, tmp_path: Path) -> None:
     assert curve(found) != curve(exact)
     # Experts near a tie are chosen otherwise in bfloat16.
     assert curve(found) == pytest.approx(curve(exact), rel=0.2)
+
+
+def test_a_single_step_trains(models, tmp_path: Path) -> None:
+    """A warm-up begins at a rate of zero."""
+    student, base, text = models
+    found = recover(student, tmp_path / "out", teacher=base, settings=settings(text, steps=1))
+    assert found.end_nll != found.start_nll

@@ -323,8 +323,8 @@ def training_arguments(settings: RecoverySettings, directory: Path, steps: int) 
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        # Rounded down: the first step of a warm-up changes nothing, and must not be the only one.
-        warmup_steps=math.floor(settings.warmup * steps),
+        # The first step of a warm-up changes nothing, and must not be the only one.
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_gradient_norm,
         seed=settings.seed,
