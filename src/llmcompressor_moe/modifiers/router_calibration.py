@@ -81,7 +81,7 @@ class RouterCalibrationModifier(MoEModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Look at the untouched model; see the class."""
-        if not any(True for _ in modifiers_before(self)):
+        if not modifiers_before(self):
             raise ValueError(
                 "RouterCalibrationModifier mends what modifiers before it did, and there are none: put it "
                 "behind the drops or the quantization of the recipe."
