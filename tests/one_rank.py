@@ -1,6 +1,8 @@
 """One of several ranks that trim a model together: run by test_ranks.py through torch.distributed.run.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/one_rank.py BASE OUT [plan|calibrate]
+
+With plan or calibrate, each rank writes OUT-RANK.json: on standard output the lines of ranks would mix.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from llmcompressor_moe.quantization.schemes import resolve_schemes
 from llmcompressor_moe.surgery.session import TrimSession
 
 
-def plan_of(base: Path, ids: torch.Tensor) -> str:
-    """What a RouterAwareQuantModifier would choose, and why, as one line of JSON."""
+def plan_of(base: Path, ids: torch.Tensor) -> dict:
+    """What a RouterAwareQuantModifier would choose, and why."""
     session = TrimSession.begin(linearize_moe(support.load(base)))
     settings = QuantSettings(
         candidates=resolve_schemes(["W4A16", "W8A16"], 32, "schemes"),
@@ -43,11 +45,11 @@ def plan_of(base: Path, ids: torch.Tensor) -> str:
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
     decided = Planner(session, settings).plan(batches, set())
     layers = {index: plan.model_dump() for index, plan in decided["layers"].items()}
-    return json.dumps({"layers": layers, "calibration": decided["calibration"]})
+    return {"layers": layers, "calibration": decided["calibration"]}
 
 
-def calibrated(base: Path, ids: torch.Tensor) -> str:
-    """What router calibration made of routers, norms and experts, as one line of JSON."""
+def calibrated(base: Path, ids: torch.Tensor) -> dict:
+    """What router calibration made of routers, norms and experts."""
     drop = ExpertDropModifier(experts={0: [0, 1], 2: [3]})
     fit = RouterCalibrationModifier(
         objective="layer", parts=["router", "norms", "scales"], learning_rate=0.02
@@ -55,33 +57,37 @@ def calibrated(base: Path, ids: torch.Tensor) -> str:
     model = support.trim(support.load(base), [drop, fit], ids=ids)
     sums = {name: value.double().sum().item() for name, value in model.named_parameters()}
     report = model._trim_history[-1]
-    return json.dumps({"sums": sums, "report": report.model_dump(mode="json", exclude={"settings"})})
+    return {"sums": sums, "report": report.model_dump(mode="json", exclude={"settings"})}
 
 
-def main(base: Path, out: Path, kind: Path = Path("trim")) -> None:
-    torch.set_num_threads(1)
-    ids = support.token_ids()
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-        # Each rank brings its own part of the data, as upstream asks for.
-        ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
-    if kind.name == "calibrate":
-        print("calibrated", calibrated(base, ids))
-        return
+def trimmed(base: Path, ids: torch.Tensor, out: Path) -> None:
+    """Writes the checkpoint to OUT and each modifier's report beside it."""
     recipe = [
         LayerDropModifier(num_drop=1, report_path=f"{out}-layer.json"),
         BlockDropModifier(num_drop=1, metric="kl", report_path=f"{out}-block.json"),
         ExpertDropModifier(num_drop=2, criterion="reap", report_path=f"{out}-expert.json"),
     ]
-    if kind.name == "plan":
-        # On a CPU upstream shares weights between ranks in memory that it lays out itself; the plan needs none.
-        print("plan", plan_of(base, ids))
-        return
     model = support.trim(support.load(base), recipe, ids=ids, output_dir=str(out))
     print("logits", float(support.logits(model).double().sum()))
+
+
+def main(base: Path, out: Path, kind: str = "trim") -> None:
+    torch.set_num_threads(1)
+    ids, rank = support.token_ids(), 0
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        # Each rank brings its own part of the data, as upstream asks for.
+        ids = ids.chunk(dist.get_world_size())[rank]
+    if kind == "trim":
+        trimmed(base, ids, out)
+    else:
+        # On a CPU upstream shares weights between ranks in memory that it lays out itself; the plan needs none.
+        found = plan_of(base, ids) if kind == "plan" else calibrated(base, ids)
+        Path(f"{out}-{rank}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

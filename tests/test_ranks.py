@@ -18,15 +18,19 @@ from llmcompressor_moe.report import DropReport
 SCRIPT = Path(__file__).parent / "one_rank.py"
 
 
-def run(base: Path, out: Path, ranks: int, *kind: str) -> str:
+def run(base: Path, out: Path, ranks: int, *kind: str) -> None:
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     )
     command = [sys.executable, *launcher, str(SCRIPT), str(base), str(out), *kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, check=True, env=environment, timeout=600, stdout=subprocess.PIPE, text=True
-    ).stdout
+    subprocess.run(command, check=True, env=environment, timeout=600)
+
+
+def found(base: Path, out: Path, ranks: int, kind: str) -> list[dict]:
+    """What each rank found."""
+    run(base, out, ranks, kind)
+    return [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def flat(report: DropReport) -> torch.Tensor:
@@ -53,13 +57,8 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
 
 def test_two_ranks_choose_the_precision_that_one_chooses(tmp_path: Path) -> None:
     base = support.saved("mixtral", tmp_path)
-
-    def plans(ranks: int) -> list[dict]:
-        lines = run(base, tmp_path, ranks, "plan").splitlines()
-        return [json.loads(line.removeprefix("plan ")) for line in lines if line.startswith("plan ")]
-
-    (one,) = plans(1)
-    first, second = plans(2)
+    (one,) = found(base, tmp_path / "one", 1, "plan")
+    first, second = found(base, tmp_path / "two", 2, "plan")
     assert first == second
     assert first["calibration"] == one["calibration"] == {"tokens": 8 * 24, "samples": 8}
     for index, ours in first["layers"].items():
@@ -72,8 +71,7 @@ def test_two_ranks_choose_the_precision_that_one_chooses(tmp_path: Path) -> None
 
 def test_two_ranks_calibrate_routers_alike(tmp_path: Path) -> None:
     base = support.saved("mixtral", tmp_path)
-    lines = run(base, tmp_path, 2, "calibrate").splitlines()
-    first, second = (json.loads(line.split(" ", 1)[1]) for line in lines if line.startswith("calibrated "))
+    first, second = found(base, tmp_path / "two", 2, "calibrate")
     assert first["sums"] == second["sums"]
     assert first["report"]["layers"] == second["report"]["layers"]
     assert first["report"]["divergence_after"] <= first["report"]["divergence_before"]
