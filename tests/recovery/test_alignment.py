@@ -48,6 +48,13 @@ def test_a_block_takes_over_those_dropped_behind_it() -> None:
     assert found == Alignment({0: 2, 1: 4}, {1: (3, (0, 1, 2, 3))})
 
 
+def test_one_expert_in_place_of_all_is_none_of_the_teachers() -> None:
+    merged = ModelLayout(5, {1: 1, 2: 1, 3: 1, 4: 1})
+    assert align(merged, BASE) == Alignment({index: index for index in range(5)}, {})
+    left = [report("Expert", BASE, {index: [0, 1, 3] for index in range(1, 5)})]
+    assert align(merged, BASE, left).layers == {index: (index, (2,)) for index in range(1, 5)}
+
+
 def test_experts_and_layers() -> None:
     history = [
         report("Expert", BASE, {1: [0], 2: [1, 3]}),

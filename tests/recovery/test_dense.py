@@ -22,7 +22,6 @@ from llmcompressor_moe.recovery.dense import (
     NoSiblingError,
     brief_training,
     random_start,
-    sibling_of,
     to_dense,
 )
 from llmcompressor_moe.recovery.dense.merging import average, refitted_down, widened
@@ -55,7 +54,11 @@ SIBLINGS = {
     "qwen3_5_moe_text": ("qwen3_5_text", {}),
     "deepseek_v2": ("deepseek_v2", {"n_group": 1, "topk_group": 1}),
     "deepseek_v3": ("deepseek_v3", NORMALIZED),
+    "olmoe": ("olmoe", NORMALIZED),
 }
+
+# Their sibling is their own class, with one expert in each layer.
+ONE_EXPERT = {"olmoe"}
 
 
 @torch.no_grad()
@@ -107,7 +110,8 @@ def test_the_sibling_of_equal_experts_is_exact(family: str, tmp_path: Path, text
     summary = to_dense(source, tmp_path / "dense", method="average", dataset=text, **SHORT)
     dense = stock(tmp_path / "dense")
     assert summary.sibling == sibling == dense.config.model_type
-    assert not any("expert" in name for name, _ in dense.named_parameters())
+    assert (family in ONE_EXPERT) == any("expert" in name for name, _ in dense.named_parameters())
+    assert summary.parameters_after < summary.parameters_before
     # Longer than the families' sliding windows. DeepSeek rotates in complex numbers.
     assert difference(moe, dense) < 1e-5 * (10 if family.startswith("deepseek") else 1) * spread(moe)
 
@@ -257,7 +261,7 @@ def test_average_refuses_no_use():
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("olmoe", "OLMo 2 and 3 normalize"),
+        ("phimoe", "its norms have biases"),
         ("glm4_moe", "rotates a part"),
         ("gpt_oss", "sinks"),
         ("minimax_m2", "name tells no dense sibling"),
@@ -273,14 +277,31 @@ def test_families_without_a_sibling_are_refused_before_loading(family: str, reas
     assert not (tmp_path / "dense").exists()
 
 
-def test_olmoe_has_no_sibling_among_the_olmos():
-    """What its refusal says: the one family that has the same tensors in other places computes something else."""
-    with pytest.raises(NoSiblingError):
-        sibling_of(tiny_models.tiny_config("olmoe"))
+def test_no_dense_olmo_has_the_tensors_of_olmoe():
+    """Why its sibling is its own class with one expert."""
     ours = set(tiny_models.build("olmoe", num_layers=1).state_dict())
     for name in ("olmo", "olmo2", "olmo3"):
         theirs = set(tiny_models.build(name, num_layers=1).state_dict())
         assert {key for key in ours ^ theirs if "mlp" not in key}, name
+
+
+def test_one_expert_is_a_whole_feed_forward(tmp_path: Path, text: str):
+    moe = tiny_models.build("olmoe", num_layers=3)
+    source = write(moe, tmp_path / "moe")
+    summary = to_dense(source, tmp_path / "dense", dataset=text, width=100, **SHORT)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert (config["num_experts"], config["num_experts_per_tok"], config["intermediate_size"]) == (1, 1, 100)
+    assert "one expert per layer" in (tmp_path / "dense" / "README.md").read_text()
+    dense = stock(tmp_path / "dense")
+    seen: dict[str, torch.Tensor] = {}
+    mlp = dense.model.layers[1].mlp
+    mlp.register_forward_hook(lambda module, args, out: seen.update(given=args[0], out=out))
+    with torch.no_grad():
+        dense(input_ids=token_ids(1, 20))
+        gate, up = (seen["given"] @ mlp.experts.gate_up_proj[0].T).chunk(2, dim=-1)
+        expected = (nn.functional.silu(gate) * up) @ mlp.experts.down_proj[0].T
+    assert summary.width == 100 and expected.shape == (1, 20, 64)
+    torch.testing.assert_close(seen["out"], expected)
 
 
 def test_a_sibling_that_computes_something_else_is_found_out(

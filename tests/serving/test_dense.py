@@ -14,8 +14,9 @@ from serving.engine import transformers_logprobs, vllm_logprobs
 pytestmark = pytest.mark.serving
 
 # One with other names, one with norms of queries and keys, one with biases and shared experts, one with
-# multipliers, one with norms behind the sublayers, and one whose own class has only dense blocks left.
-FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "flex_olmo", "deepseek_v2"]
+# multipliers, one with norms behind the sublayers, one whose own class has only dense blocks left, and one
+# whose own class has one expert per layer.
+FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "flex_olmo", "deepseek_v2", "olmoe"]
 
 
 def test_stock_vllm_serves_dense_models(tmp_path: pathlib.Path):

@@ -47,8 +47,8 @@ def align(
 ) -> Alignment:
     """Find the teacher's part for each of the student's.
 
-    A student without any MoE layer may also be a dense model that was made from the teacher, or from what its
-    history leaves of the teacher: its blocks are those.
+    A student without any MoE layer, or with one expert in each, may also be a dense model that was made from the
+    teacher, or from what its history leaves of the teacher: its blocks are those, its experts none of them.
 
     :param student_history: what was dropped from the student; begins with the teacher's or is empty
     :raises ValueError: the student was not made from the teacher by the drops that its history tells
@@ -65,7 +65,7 @@ def align(
     layers = {
         position: (block, kept.experts[block])
         for position, block in enumerate(kept.blocks)
-        if position in student.num_experts
+        if student.num_experts.get(position) == len(kept.experts.get(block, ()))
     }
     return Alignment({position: block - 1 for position, block in enumerate(following)}, layers)
 
@@ -76,7 +76,7 @@ def _kept(
     student_history: Sequence[DropReport],
     teacher_history: Sequence[DropReport],
 ) -> KeptParts:
-    if not student.num_experts:
+    if max(student.num_experts.values(), default=1) == 1:
         kept = kept_parts(student_history[len(teacher_history) :], teacher)
         if len(kept.blocks) == student.num_blocks:
             return kept

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from llmcompressor_moe.recovery.dense.parts import beside, mlp_prefix
-from llmcompressor_moe.topology import Topology
+from llmcompressor_moe.topology import Topology, find_topology
 
 __all__ = ["NoSiblingError", "Sibling", "find_sibling", "sibling_of"]
 
@@ -36,19 +36,21 @@ class _Entry:
 
     :param model_type: the sibling
     :param all_dense: field of its config that is to hold the number of blocks, so that all of them are dense
+    :param one_expert: fields of its config that are to be 1, so that every MoE layer is one expert with weight 1
     :param refused: reason why there is none
     """
 
     model_type: str = ""
     all_dense: str | None = None
+    one_expert: tuple[str, ...] = ()
     refused: str | None = None
 
+    @property
+    def own_class(self) -> bool:
+        """Whether the sibling is the family itself, with other numbers in its config."""
+        return self.all_dense is not None or bool(self.one_expert)
 
-_NORMS = (
-    "it normalizes queries and keys over all heads at once and the input of each sublayer; OLMo 2 and 3 normalize "
-    "the sublayers' outputs instead, and other dense families lack those norms of queries and keys or have "
-    "them per head"
-)
+
 _PARTIAL_ROTARY = (
     "it rotates a part of each head, halves apart; GLM's dense families rotate neighbours and "
     "normalize otherwise"
@@ -66,7 +68,9 @@ _TABLE = {
     # Latent attention has no dense sibling that vLLM serves; these families know dense blocks themselves.
     "deepseek_v2": _Entry("deepseek_v2", all_dense="first_k_dense_replace"),
     "deepseek_v3": _Entry("deepseek_v3", all_dense="first_k_dense_replace"),
-    "olmoe": _Entry(refused=_NORMS),
+    # Norms of queries and keys over all heads, and norms before the sublayers: OLMo has none of the former, OLMo 2
+    # and 3 have theirs behind the sublayers. The softmax of one router logit is 1.
+    "olmoe": _Entry("olmoe", one_expert=("num_experts", "num_experts_per_tok")),
     "glm4_moe": _Entry(refused=_PARTIAL_ROTARY),
     "phimoe": _Entry(
         refused="its norms have biases, and dense families with those have no gated feed-forward"
@@ -82,11 +86,16 @@ class Sibling:
     """A dense architecture for one model.
 
     :param config: complete, with ``architectures``, but for the dtype
-    :param mlp: names of a block's feed-forward in the sibling, behind the block's path: ``mlp.``
+    :param mlp: path of what takes the MoE layer's place, behind the block's: ``mlp.``
+    :param matrices: path of the feed-forward's matrices in a checkpoint, behind the block's; ``mlp`` itself, or
+        ``mlp.experts.0.``
+    :param router: name of the weight of a router that has one choice, behind the block's path
     """
 
     config: PreTrainedConfig
     mlp: str
+    matrices: str
+    router: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -112,7 +121,7 @@ def sibling_of(config: PreTrainedConfig) -> str:
 def _entry(name: str) -> _Entry:
     entry = _TABLE.get(name) or _Entry(re.sub(r"_?moe", "", name))
     refused = entry.refused
-    if refused is None and (name == entry.model_type) != bool(entry.all_dense):
+    if refused is None and (name == entry.model_type) != entry.own_class:
         refused = "its name tells no dense sibling"
     if refused is None and not _is_causal(entry.model_type):
         refused = f"the installed transformers has no dense {entry.model_type!r}"
@@ -145,9 +154,20 @@ def find_sibling(model: PreTrainedModel, topology: Topology, width: int) -> Sibl
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(dense)
     dense.architectures = [type(built).__name__]
-    mlp = mlp_prefix(built.get_submodule(topology.stack)[0])
-    _compare(model, topology, built, mlp)
-    return Sibling(dense, mlp)
+    if entry.one_expert:
+        first = find_topology(built).blocks[0]
+        path = len(f"{first.name}.")
+        sibling = Sibling(
+            dense,
+            mlp=f"{first.moe.module[path:]}.",
+            matrices=f"{first.moe.experts[path:]}.0.",
+            router=f"{first.moe.router[path:]}.weight",
+        )
+    else:
+        mlp = mlp_prefix(built.get_submodule(topology.stack)[0])
+        sibling = Sibling(dense, mlp, matrices=mlp)
+    _compare(model, topology, built, sibling.mlp)
+    return sibling
 
 
 def _config(config: PreTrainedConfig, entry: _Entry, width: int) -> PreTrainedConfig:
@@ -167,6 +187,7 @@ def _config(config: PreTrainedConfig, entry: _Entry, width: int) -> PreTrainedCo
     values["intermediate_size"] = width
     if entry.all_dense:
         values[entry.all_dense] = config.num_hidden_layers
+    values |= dict.fromkeys(entry.one_expert, 1)
     return cls(**values)
 
 

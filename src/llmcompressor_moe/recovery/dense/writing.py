@@ -88,9 +88,11 @@ def _state(
         if name in wanted and name not in tied and not feed_forward_tensor(model, topology, name, sibling.mlp)
     }
     for index, ffn in merged.items():
-        path = f"{topology.stack}.{index}.{sibling.mlp}"
+        path = f"{topology.stack}.{index}."
         for name, value in (("gate_proj", ffn.gate), ("up_proj", ffn.up), ("down_proj", ffn.down)):
-            state[f"{path}{name}.weight"] = value.to("cpu", model.dtype).contiguous()
+            state[f"{path}{sibling.matrices}{name}.weight"] = value.to("cpu", model.dtype).contiguous()
+        if sibling.router is not None:
+            state[f"{path}{sibling.router}"] = torch.zeros(1, model.config.hidden_size, dtype=model.dtype)
     return state
 
 
@@ -140,6 +142,7 @@ def _forward(
 
 def _card(model: PreTrainedModel, sibling: Sibling) -> str:
     name = re.split(r"[\\/]", str(model.config._name_or_path or "").rstrip("/"))[-1] or "a Mixture of Experts"
+    one = " with one expert per layer" if sibling.router else ""
     return "\n".join(
         [
             "---",
@@ -151,7 +154,7 @@ def _card(model: PreTrainedModel, sibling: Sibling) -> str:
             f"# {name}, made dense",
             "",
             f"The experts of `{name}` were merged into one feed-forward per block by llmcompressor-moe, and "
-            f"written as a plain {sibling.model_type} checkpoint; `{DENSE_FILE}` says how.",
+            f"written as a plain {sibling.model_type} checkpoint{one}; `{DENSE_FILE}` says how.",
             "It has not been trained since: distil it from the model that it came from before use.",
             "",
         ]
