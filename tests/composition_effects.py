@@ -119,7 +119,7 @@ def attention_smoothed(outcome: Outcome) -> None:
     for before, after, index in outcome.blocks():
         assert not torch.equal(before.input_layernorm.weight, after.input_layernorm.weight), index
         norm, same = before.post_attention_layernorm.weight, after.post_attention_layernorm.weight
-        assert torch.equal(norm, same) or "awq" in outcome.order
+        assert torch.equal(norm, same) or {"awq", "calibration"} & set(outcome.order)
 
 
 def experts_sparse(outcome: Outcome) -> None:
@@ -137,6 +137,17 @@ def experts_sparse_by_ratio(outcome: Outcome) -> None:
     if not {"sparsegpt", "wanda", *_QUANTIZERS} & set(outcome.order):
         # Others set more weights to zero.
         assert max(shares) < 0.8
+
+
+def routers_fitted(outcome: Outcome) -> None:
+    """Router Calibration: never worse on held-out data; parts of layers that it says it kept moved."""
+    (report,) = (r for r in outcome.model._trim_history if r.modifier == "RouterCalibrationModifier")
+    stayed = {index for _, _, index in outcome.blocks()} - outcome.layers_dropped
+    assert stayed <= report.layers.keys()
+    assert report.divergence_after <= report.divergence_before
+    for before, after, index in outcome.blocks():
+        if index in stayed and report.layers[index].kept:
+            assert not torch.equal(before.post_attention_layernorm.weight, after.post_attention_layernorm.weight)
 
 
 def _weights(outcome: Outcome) -> list[torch.Tensor]:

@@ -31,6 +31,7 @@ from llmcompressor_moe import (
     ExpertSparsityModifier,
     LayerDropModifier,
     RouterAwareQuantModifier,
+    RouterCalibrationModifier,
 )
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "composition.md"
@@ -71,6 +72,7 @@ class Part:
     :param dtype: of the model
     :param refuses_after: part that stands anywhere after this one -> the message; "..." stands for names
     :param refuses_before: part that stands anywhere before this one -> the message
+    :param refuses_first: the message where nothing stands before it
     """
 
     title: str
@@ -81,6 +83,7 @@ class Part:
     dtype: torch.dtype = torch.float32
     refuses_after: Mapping[str, str] = field(default_factory=dict)
     refuses_before: Mapping[str, str] = field(default_factory=dict)
+    refuses_first: str | None = None
 
 
 _TWO_QUANTIZERS = (
@@ -138,6 +141,14 @@ PARTS: dict[str, Part] = {
         ours=True,
         refuses_before={**dict.fromkeys(_EXPERT_QUANTIZERS, _PRUNE_BEFORE), "raq": _PRUNE_BEFORE_RAQ},
     ),
+    "calibration": Part(
+        "Router Calibration",
+        lambda: [RouterCalibrationModifier(steps=4)],
+        effects.routers_fitted,
+        ours=True,
+        refuses_first="RouterCalibrationModifier mends what modifiers before it did, and there are none: put it "
+        "behind the drops or the quantization of the recipe.",
+    ),
     "quantization": Part(
         "Quantization", lambda: [QuantizationModifier(config_groups=w4a16())], effects.experts_quantized
     ),
@@ -189,6 +200,9 @@ LONGER: list[tuple[str, ...]] = [
     ("layer", "expert", "sparsity", "gptq"),
     ("block", "sparsity", "raq"),
     ("layer", "expert", "smoothquant", "raq"),
+    ("layer", "expert", "calibration", "gptq"),
+    ("expert", "awq", "calibration", "block"),
+    ("sparsity", "raq", "calibration"),
 ]
 # Other families: where modifiers look layers up by the family's name.
 BY_FAMILY = {"qwen3_moe": ("awq", "smoothquant", "autoround")}
@@ -231,6 +245,8 @@ def pairs() -> list[tuple[str, str]]:
 
 def refused(order: tuple[str, ...]) -> str | None:
     """The message with which the recipe is refused; None if it works."""
+    if PARTS[order[0]].refuses_first:
+        return PARTS[order[0]].refuses_first
     for position, name in enumerate(order):
         for other in order[position + 1 :]:
             message = PARTS[name].refuses_after.get(other) or PARTS[other].refuses_before.get(name)
