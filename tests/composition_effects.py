@@ -147,7 +147,9 @@ def routers_fitted(outcome: Outcome) -> None:
     assert report.divergence_after <= report.divergence_before
     for before, after, index in outcome.blocks():
         if index in stayed and report.layers[index].kept:
-            assert not torch.equal(before.post_attention_layernorm.weight, after.post_attention_layernorm.weight)
+            assert not torch.equal(
+                before.post_attention_layernorm.weight, after.post_attention_layernorm.weight
+            )
 
 
 def _weights(outcome: Outcome) -> list[torch.Tensor]:

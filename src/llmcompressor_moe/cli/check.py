@@ -8,10 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.options import AsJson
+
 if TYPE_CHECKING:
     from llmcompressor_moe.check import CheckReport
 
-LEGAL, ILLEGAL, NOT_CHECKED = 0, 1, 2
+LEGAL, ILLEGAL = 0, 1
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -24,7 +27,7 @@ def check(
     expert_parallel: Annotated[
         int, typer.Option("--expert-parallel", "-ep", min=1, help="Ranks that experts shall be spread over.")
     ] = 1,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Say whether a checkpoint is legal to serve, without loading the model.
 
@@ -33,11 +36,8 @@ def check(
     # importing the rules takes seconds, which `--help` should not
     from llmcompressor_moe.check import check_checkpoint
 
-    try:
+    with user_errors():
         report = check_checkpoint(path, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
-    except (NotADirectoryError, PermissionError) as error:
-        Console(stderr=True).print(Text(str(error), style="bold red"))
-        raise typer.Exit(NOT_CHECKED) from None
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:

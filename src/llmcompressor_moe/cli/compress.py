@@ -8,13 +8,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import error_line, user_errors
-from llmcompressor_moe.cli.limits import (
+from llmcompressor_moe.cli.options import (
+    AsJson,
+    BaseModel,
+    Dtype,
     MaxKl,
     MaxPerplexityIncrease,
     MaxReplaced,
     MinRoutingOverlap,
     MinTop1Agreement,
+    NumSamples,
+    OutputDirectory,
+    SequenceLength,
+    Verbose,
 )
 from llmcompressor_moe.report import DropReport, ModifierReport
 from llmcompressor_moe.sizes import bytes_text, count_text
@@ -29,10 +37,8 @@ NOT_LEGAL = 1
 
 def compress(
     recipe: Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe; ready ones are in recipes/.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the new checkpoint.")],
-    model: Annotated[
-        Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
-    ] = None,
+    output: OutputDirectory,
+    model: BaseModel = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -43,13 +49,13 @@ def compress(
             "dataset. Not needed by recipes that name indices.",
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples, at most.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 512,
+    num_samples: NumSamples = 128,
+    sequence_length: SequenceLength = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 1,
     pipeline: Annotated[
         str, typer.Option(help="independent or sequential: see docs/modifiers.md.")
     ] = "independent",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
     text: Annotated[
         str | None,
         typer.Option("--text", "-t", help="Text that limits are judged on; not the calibration text."),
@@ -59,8 +65,8 @@ def compress(
     min_top1_agreement: MinTop1Agreement = None,
     min_routing_overlap: MinRoutingOverlap = None,
     max_replaced: MaxReplaced = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Apply a recipe to a model and write the smaller checkpoint, with its tokenizer, checked.
 
@@ -73,7 +79,6 @@ def compress(
     from llmcompressor_moe.demo import DEMO_MODEL
     from llmcompressor_moe.limits import Limits, LimitsBrokenError
 
-    steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
         limits = Limits(
             max_perplexity_increase=max_perplexity_increase,
@@ -94,10 +99,10 @@ def compress(
                 pipeline=pipeline,
                 dtype=dtype,
                 gate=_gate(limits, text),
-                announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
+                announce=messages.step,
             )
         except (IllegalCheckpointError, LimitsBrokenError) as error:
-            steps.print(Text(f"error: {error_line(error)}", style="bold red"))
+            messages.failure(error_line(error))
             raise typer.Exit(NOT_LEGAL) from None
     if json:
         typer.echo(summary.model_dump_json(indent=2))

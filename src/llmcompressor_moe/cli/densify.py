@@ -7,7 +7,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.options import (
+    AsJson,
+    BaseModel,
+    CalibrationText,
+    Dtype,
+    NumSamples,
+    SequenceLength,
+    Verbose,
+)
 from llmcompressor_moe.sizes import count_text
 
 if TYPE_CHECKING:
@@ -16,9 +26,7 @@ if TYPE_CHECKING:
 
 def densify(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the dense checkpoint.")],
-    model: Annotated[
-        Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
-    ] = None,
+    model: BaseModel = None,
     method: Annotated[
         str,
         typer.Option(
@@ -36,17 +44,14 @@ def densify(
     refit: Annotated[
         bool, typer.Option(help="Fit the output weights of neurons to what the MoE layers put out.")
     ] = True,
-    dataset: Annotated[
-        str,
-        typer.Option("--dataset", "-d", help='Calibration text; "demo" (bundled) or see compress --help.'),
-    ] = "demo",
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples, at most.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 256,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dataset: CalibrationText = "demo",
+    num_samples: NumSamples = 128,
+    sequence_length: SequenceLength = 256,
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda where the whole model fits.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of neurons that only fill up a width.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merge the experts of every layer into one feed-forward: a plain dense checkpoint, to be distilled.
 
@@ -56,7 +61,6 @@ def densify(
     from llmcompressor_moe.demo import DEMO_MODEL
     from llmcompressor_moe.recovery.dense import to_dense
 
-    steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
         summary = to_dense(
             model or DEMO_MODEL,
@@ -70,7 +74,7 @@ def densify(
             dtype=dtype,
             device=device,
             seed=seed,
-            announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
+            announce=messages.step,
         )
     if json:
         typer.echo(summary.model_dump_json(indent=2))

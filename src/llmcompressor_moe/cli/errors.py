@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.text import Text
+
+from llmcompressor_moe.cli.messages import failure
 
 __all__ = ["USER_ERROR", "error_line", "user_errors"]
 
@@ -24,7 +24,7 @@ def user_errors(show_trace: bool = False) -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if show_trace:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error_line(error)}", style="bold red"))
+        failure(error_line(error))
         raise typer.Exit(USER_ERROR) from None
 
 

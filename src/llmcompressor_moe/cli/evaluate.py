@@ -9,13 +9,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
-from llmcompressor_moe.cli.limits import (
+from llmcompressor_moe.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
     MaxKl,
     MaxPerplexityIncrease,
     MaxReplaced,
+    MaxTokens,
     MinRoutingOverlap,
     MinTop1Agreement,
+    Stride,
+    Verbose,
+    WindowBatch,
+    WindowLength,
 )
 from llmcompressor_moe.sizes import bytes_text, count_text
 
@@ -37,15 +46,10 @@ def evaluate(
             'file with "text", or a saved or named dataset.',
         ),
     ] = "demo",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, about; whole documents.")] = 65536,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per window; 2048 or what the model takes.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens that each further window predicts; half a window unless told."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
+    max_tokens: MaxTokens = 65536,
+    length: WindowLength = None,
+    stride: Stride = None,
+    batch_size: WindowBatch = 1,
     routing_tokens: Annotated[int, typer.Option(min=1, help="Tokens on which routers are compared.")] = 8192,
     ranks: Annotated[
         list[int] | None,
@@ -66,18 +70,16 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="Task of lm-eval: a name or a YAML file.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     max_perplexity_increase: MaxPerplexityIncrease = None,
     max_kl: MaxKl = None,
     min_top1_agreement: MinTop1Agreement = None,
     min_routing_overlap: MinRoutingOverlap = None,
     max_replaced: MaxReplaced = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for everything, JSON.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure a model and models made from it, on the same text.
 
@@ -90,7 +92,6 @@ def evaluate(
     from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.limits import Limits
 
-    steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
         if output is not None:
             check_can_write_file(output, [base, *compressed, text])
@@ -129,7 +130,7 @@ def evaluate(
             base,
             compressed,
             settings,
-            announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
+            announce=messages.step,
         )
         if output is not None:
             write_text(output, found.model_dump_json(indent=1) + "\n")

@@ -9,8 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmcompressor_moe.cli.calibration import CalibrationText, KlSamples, NumSamples, SequenceLength
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.options import (
+    AsJson,
+    BaseModel,
+    CalibrationText,
+    KlSamples,
+    NumSamples,
+    SequenceLength,
+    Verbose,
+)
 
 if TYPE_CHECKING:
     from llmcompressor_moe.evidence import Evidence
@@ -22,9 +31,7 @@ _ROWS = 12
 
 
 def forecast(
-    model: Annotated[
-        Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
-    ] = None,
+    model: BaseModel = None,
     dataset: CalibrationText = "demo",
     num_samples: NumSamples = 64,
     sequence_length: SequenceLength = 256,
@@ -60,8 +67,8 @@ def forecast(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write all as JSON to this file.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Say what dropping blocks, MoE layers and experts and lowering bits will cost in perplexity, before any of it
     is done: each amount with an interval, how far is safe, and whether the calibration text suffices to know.
@@ -130,7 +137,7 @@ def _evidence(
 
     if path is not None:
         return load_evidence(path, model, candidates)
-    Console(stderr=True).print(Text(f"- Calibrating {model}", style="cyan"), soft_wrap=True)
+    messages.step(f"Calibrating {model}")
     return gather_evidence(model, candidates, settings)
 
 

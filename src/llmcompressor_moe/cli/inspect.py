@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.options import AsJson
 from llmcompressor_moe.sizes import bytes_text, count_text, parse_bytes, share_text
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def inspect(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", "-r", help="Show the size after each step of a YAML recipe.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show parameters and bytes per part, what each drop would save, and sizes with quantized experts; reads
     config.json, no weights.

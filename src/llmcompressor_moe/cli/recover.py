@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import error_line, user_errors
+from llmcompressor_moe.cli.options import AsJson, Dtype, OutputDirectory, Verbose
 
 if TYPE_CHECKING:
     from llmcompressor_moe.recovery.progress import LogEntry
@@ -21,7 +23,7 @@ NOT_LEGAL = 1
 
 def recover(
     student: Annotated[Path, typer.Argument(help="Directory of the compressed model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the new checkpoint.")],
+    output: OutputDirectory,
     teacher: Annotated[
         Path | None, typer.Option("--teacher", help="Directory of the model that it was made from.")
     ] = None,
@@ -72,7 +74,7 @@ def recover(
     dtype: Annotated[
         str, typer.Option(help="Of the weights in training: auto, bfloat16 or float32.")
     ] = "float32",
-    teacher_dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    teacher_dtype: Dtype = "auto",
     precision: Annotated[str | None, typer.Option(help="bf16 or fp16: mixed precision.")] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, one forward more.")
@@ -104,8 +106,8 @@ def recover(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from OUTPUT.training if a run was interrupted.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Finetune a compressed model towards the one it was made from, and write it as the same kind of checkpoint.
 
@@ -114,11 +116,6 @@ def recover(
     """
     from llmcompressor_moe.check.report import IllegalCheckpointError
     from llmcompressor_moe.cli.logs import logs
-
-    steps_console = Console(stderr=True)
-
-    def say(line: str, style: str) -> None:
-        steps_console.print(Text(line, style=style), soft_wrap=True)
 
     with logs(verbose), user_errors(show_trace=verbose):
         try:
@@ -166,11 +163,11 @@ def recover(
                 teacher=teacher,
                 settings=settings,
                 resume=resume,
-                announce=lambda step: say(f"- {step}", "cyan"),
-                report=lambda entry: say(entry_line(entry), ""),
+                announce=messages.step,
+                report=lambda entry: messages.remark(entry_line(entry)),
             )
         except IllegalCheckpointError as error:
-            say(f"error: {error_line(error)}", "bold red")
+            messages.failure(error_line(error))
             raise typer.Exit(NOT_LEGAL) from None
         finally:
             _leave_ranks()

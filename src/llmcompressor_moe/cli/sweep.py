@@ -8,8 +8,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmcompressor_moe.cli.calibration import CalibrationText, KlSamples, NumSamples, SequenceLength
+from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
+from llmcompressor_moe.cli.options import (
+    BaseModel,
+    CalibrationText,
+    Device,
+    Dtype,
+    KlSamples,
+    MaxTokens,
+    NumSamples,
+    SequenceLength,
+    Stride,
+    Verbose,
+    WindowBatch,
+    WindowLength,
+)
 from llmcompressor_moe.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -21,22 +35,18 @@ def sweep(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for points, report and pictures.")
     ],
-    model: Annotated[
-        Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
-    ] = None,
+    model: BaseModel = None,
     dataset: CalibrationText = "demo",
     num_samples: NumSamples = 64,
     sequence_length: SequenceLength = 256,
     kl_samples: KlSamples = 16,
     text: Annotated[str, typer.Option("--text", "-t", help="Text that points are measured on.")] = "demo",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of it, about; whole documents.")] = 65536,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens per window.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens that a further window predicts.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")
-    ] = None,
+    max_tokens: MaxTokens = 65536,
+    length: WindowLength = None,
+    stride: Stride = None,
+    batch_size: WindowBatch = 1,
+    dtype: Dtype = "auto",
+    device: Device = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure decoding at every point, beside the untouched model.")
     ] = False,
@@ -44,7 +54,7 @@ def sweep(
         Path | None, typer.Option(help="Interpreter of vLLM's environment, to measure speed there, too.")
     ] = None,
     keep: Annotated[bool, typer.Option(help="Keep every point's checkpoint.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Calibrate once, make and measure every point of a grid, and draw the trade-offs.
 
@@ -59,7 +69,6 @@ def sweep(
     from llmcompressor_moe.sweep.plots import PlotsMissingError, write_plots
     from llmcompressor_moe.sweep.run import SweepSettings, run_sweep
 
-    steps = Console(stderr=True)
     with logs(verbose), user_errors(show_trace=verbose):
         report = run_sweep(
             model or DEMO_MODEL,
@@ -83,13 +92,13 @@ def sweep(
                 ),
                 keep=keep,
             ),
-            announce=lambda step: steps.print(Text(f"- {step}", style="cyan"), soft_wrap=True),
+            announce=messages.step,
         )
         write_page(report, output / "report.html")
         try:
             write_plots(report, output)
         except PlotsMissingError as error:
-            steps.print(Text(f"no PNG files: {error}", style="yellow"), soft_wrap=True)
+            messages.remark(f"no PNG files: {error}", "yellow")
     render(report, Console())
     Console().print(Text(f"open {output / 'report.html'}"), soft_wrap=True)
 
