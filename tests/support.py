@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmcompressor_moe import load_trimmed_moe
+from llmcompressor_moe.evaluation.history import ModelLayout
+from llmcompressor_moe.report import DropReport
 
 VOCAB = tiny_models.VOCAB
 
@@ -35,6 +37,18 @@ def dataset(ids: torch.Tensor | None = None) -> Dataset:
     """Calibration data as oneshot takes it."""
     ids = token_ids() if ids is None else ids
     return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+
+
+def drop_report(kind: str, layout: ModelLayout, dropped: Any) -> DropReport:
+    """What a ``Block``, ``Layer`` or ``Expert`` drop of a model would have left in its history."""
+    return DropReport(
+        modifier=f"{kind}DropModifier",
+        num_blocks=layout.num_blocks,
+        num_experts=layout.num_experts,
+        scores={},
+        dropped=dropped,
+        kept=[],
+    )
 
 
 def saved(model_type: str, directory: Path, **options: Any) -> Path:

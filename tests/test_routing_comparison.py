@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from support import drop_report
 from transformers import PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
@@ -35,17 +35,6 @@ from llmcompressor_moe.evaluation.routing import (
 from llmcompressor_moe.report import DropReport
 from llmcompressor_moe.surgery.compact import skip_layers
 from llmcompressor_moe.topology import find_topology
-
-
-def report(kind: str, layout: ModelLayout, dropped: Any) -> DropReport:
-    return DropReport(
-        modifier=f"{kind}DropModifier",
-        num_blocks=layout.num_blocks,
-        num_experts=layout.num_experts,
-        scores={},
-        dropped=dropped,
-        kept=[],
-    )
 
 
 def batches(samples: int = 3, length: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -83,7 +72,7 @@ def drop_at_random(data: st.DataObject, model: Nested) -> tuple[Nested, list[Dro
                     st.lists(st.integers(0, amount - 1), unique=True, max_size=amount // 3)
                 )
                 experts.setdefault(layer, set()).update(gone[layer])
-        reports.append(report(kind, layout, gone))
+        reports.append(drop_report(kind, layout, gone))
     cut: Nested = []
     for index, (name, names) in enumerate(model):
         if index in blocks:
@@ -138,13 +127,21 @@ SMALLER = ModelLayout(3, {index: 8 for index in range(3)})
     ("history", "compressed", "message"),
     [
         ([], SMALLER, r"no history \(trimming.json\) beside it"),
-        ([report("Block", SMALLER, [1])], SMALLER, "The history begins with a model of 3 blocks"),
-        ([report("Block", PLAIN, [1])], PLAIN, "its history .* leaves 3 blocks"),
-        ([report("Block", PLAIN, [1]), report("Layer", ModelLayout(2, {}), [0])], SMALLER, "has a gap"),
-        ([report("Block", PLAIN, [4])], SMALLER, r"dropped names \[4\]"),
-        ([report("Layer", ModelLayout(4, {1: 8}), [0])], SMALLER, "The history begins"),
-        ([report("Expert", PLAIN, {0: [8]})], SMALLER, r"dropped\[0\] names \[8\]"),
-        ([report("Head", PLAIN, [0])], SMALLER, "HeadDropModifier: dropped"),
+        (
+            [drop_report("Block", SMALLER, [1])],
+            SMALLER,
+            "The history begins with a model of 3 blocks",
+        ),
+        ([drop_report("Block", PLAIN, [1])], PLAIN, "its history .* leaves 3 blocks"),
+        (
+            [drop_report("Block", PLAIN, [1]), drop_report("Layer", ModelLayout(2, {}), [0])],
+            SMALLER,
+            "has a gap",
+        ),
+        ([drop_report("Block", PLAIN, [4])], SMALLER, r"dropped names \[4\]"),
+        ([drop_report("Layer", ModelLayout(4, {1: 8}), [0])], SMALLER, "The history begins"),
+        ([drop_report("Expert", PLAIN, {0: [8]})], SMALLER, r"dropped\[0\] names \[8\]"),
+        ([drop_report("Head", PLAIN, [0])], SMALLER, "HeadDropModifier: dropped"),
     ],
 )
 def test_a_history_that_does_not_lead_there(
@@ -155,7 +152,7 @@ def test_a_history_that_does_not_lead_there(
 
 
 def test_a_base_with_another_past() -> None:
-    theirs, ours = report("Block", PLAIN, [1]), report("Block", PLAIN, [2])
+    theirs, ours = drop_report("Block", PLAIN, [1]), drop_report("Block", PLAIN, [2])
     with pytest.raises(ValueError, match="made from another model"):
         match_layouts(SMALLER, SMALLER, [theirs], [ours])
     assert match_layouts(SMALLER, SMALLER, [ours], [ours]).blocks == (0, 1, 2)
@@ -322,7 +319,7 @@ def test_the_history_survives_saving_over_the_checkpoint_it_came_from(tmp_path: 
 def test_a_model_without_any_moe_layer_left() -> None:
     base, left = (tiny_models.build("mixtral", num_layers=2) for _ in range(2))
     skip_layers(left, find_topology(left), [0, 1])
-    history = [report("Layer", layout_of(base), [0, 1])]
+    history = [drop_report("Layer", layout_of(base), [0, 1])]
     found = compare_routing(base, left, history, batches())
     assert (found.mean, found.layers, found.dropped_layers, found.tokens) == (None, {}, [0, 1], 48)
 

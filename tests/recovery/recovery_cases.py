@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import support
 import tiny_models
 from safetensors.torch import load_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from llmcompressor_moe.compression import compress
 
@@ -29,6 +30,20 @@ BASICS = {"length": 16, "batch_size": 4, "steps": 6, "learning_rate": 2e-3, "log
 def teacher(directory: Path, family: str = "mixtral") -> Path:
     """A tiny model in float32, so that what is saved is what was trained."""
     return support.saved(family, directory)
+
+
+def dense() -> MistralForCausalLM:
+    """A tiny model without experts."""
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=support.VOCAB,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
 
 
 def student(directory: Path, base: Path, recipe: str = DROPS, name: str = "student") -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support
@@ -11,6 +10,7 @@ import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import drop_report
 from transformers import MistralConfig, MistralForCausalLM
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
@@ -23,17 +23,6 @@ from llmcompressor_moe.report import DropReport
 BASE = ModelLayout(5, {1: 4, 2: 4, 3: 4, 4: 4})
 
 
-def report(kind: str, layout: ModelLayout, dropped: Any) -> DropReport:
-    return DropReport(
-        modifier=f"{kind}DropModifier",
-        num_blocks=layout.num_blocks,
-        num_experts=layout.num_experts,
-        scores={},
-        dropped=dropped,
-        kept=[],
-    )
-
-
 def test_nothing_dropped() -> None:
     everything = tuple(range(4))
     assert align(BASE, BASE) == Alignment(
@@ -42,7 +31,7 @@ def test_nothing_dropped() -> None:
 
 
 def test_a_block_takes_over_those_dropped_behind_it() -> None:
-    history = [report("Block", BASE, [1, 2, 4])]
+    history = [drop_report("Block", BASE, [1, 2, 4])]
     found = align(ModelLayout(2, {1: 4}), BASE, history)
     # What enters block 3 in the teacher is what block 2 returned; what enters the last norm, what block 4 did.
     assert found == Alignment({0: 2, 1: 4}, {1: (3, (0, 1, 2, 3))})
@@ -51,31 +40,31 @@ def test_a_block_takes_over_those_dropped_behind_it() -> None:
 def test_one_expert_in_place_of_all_is_none_of_the_teachers() -> None:
     merged = ModelLayout(5, {1: 1, 2: 1, 3: 1, 4: 1})
     assert align(merged, BASE) == Alignment({index: index for index in range(5)}, {})
-    left = [report("Expert", BASE, {index: [0, 1, 3] for index in range(1, 5)})]
+    left = [drop_report("Expert", BASE, {index: [0, 1, 3] for index in range(1, 5)})]
     assert align(merged, BASE, left).layers == {index: (index, (2,)) for index in range(1, 5)}
 
 
 def test_experts_and_layers() -> None:
     history = [
-        report("Expert", BASE, {1: [0], 2: [1, 3]}),
-        report("Layer", BASE, [4]),
-        report("Block", ModelLayout(5, {1: 3, 2: 2, 3: 4}), [1]),
+        drop_report("Expert", BASE, {1: [0], 2: [1, 3]}),
+        drop_report("Layer", BASE, [4]),
+        drop_report("Block", ModelLayout(5, {1: 3, 2: 2, 3: 4}), [1]),
     ]
     found = align(ModelLayout(4, {1: 2, 2: 4}), BASE, history)
     assert found == Alignment({0: 1, 1: 2, 2: 3, 3: 4}, {1: (2, (0, 2)), 2: (3, (0, 1, 2, 3))})
 
 
 def test_a_teacher_that_was_trimmed_itself() -> None:
-    first = report("Block", BASE, [0])
+    first = drop_report("Block", BASE, [0])
     teacher = ModelLayout(4, {0: 4, 1: 4, 2: 4, 3: 4})
-    second = report("Block", teacher, [1])
+    second = drop_report("Block", teacher, [1])
     student = ModelLayout(3, {0: 4, 1: 4, 2: 4})
     assert align(student, teacher, [first, second], [first]).blocks == {0: 1, 1: 2, 2: 3}
 
 
 def test_dense_students() -> None:
     assert align(ModelLayout(5, {}), BASE) == Alignment({index: index for index in range(5)}, {})
-    shorter = align(ModelLayout(4, {}), BASE, [report("Block", BASE, [2])])
+    shorter = align(ModelLayout(4, {}), BASE, [drop_report("Block", BASE, [2])])
     assert shorter == Alignment({0: 0, 1: 2, 2: 3, 3: 4}, {})
 
 
@@ -86,7 +75,7 @@ def test_blocks_by_running_them(count: int, data: st.DataObject) -> None:
     base = ModelLayout(count, {index: 2 for index in range(count)})
     left = [block for block in range(count) if block not in gone]
     student = ModelLayout(len(left), {index: 2 for index in range(len(left))})
-    found = align(student, base, [report("Block", base, gone)] if gone else [])
+    found = align(student, base, [drop_report("Block", base, gone)] if gone else [])
     trace = list(range(count))
     for position, matched in found.blocks.items():
         behind = trace[matched + 1 :]
@@ -100,7 +89,11 @@ def test_blocks_by_running_them(count: int, data: st.DataObject) -> None:
     [
         (ModelLayout(4, {1: 4}), [], r"no history \(trimming.json\)"),
         (ModelLayout(4, {}), [], r"no history \(trimming.json\)"),
-        (BASE, [report("Block", ModelLayout(9, {}), [1])], "The history begins with a model of 9 blocks"),
+        (
+            BASE,
+            [drop_report("Block", ModelLayout(9, {}), [1])],
+            "The history begins with a model of 9 blocks",
+        ),
     ],
 )
 def test_a_student_of_another_model(student: ModelLayout, history: list[DropReport], message: str) -> None:

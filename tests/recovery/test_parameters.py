@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import recovery_cases as cases
 import support
 import tiny_models
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
-from transformers import MistralConfig, MistralForCausalLM
 
 from llmcompressor_moe.recovery.lora import LoraSettings, add_lora
 from llmcompressor_moe.recovery.parameters import PARAMETER_SETS, check_sets, select
@@ -111,15 +111,7 @@ def test_weights_under_adapters_keep_their_sets():
 
 
 def test_a_dense_student_has_attention_and_norms_and_no_experts():
-    config = MistralConfig(
-        vocab_size=support.VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = MistralForCausalLM(config)
+    model = cases.dense()
     selected = select(model, ["attention", "norms"])
     assert set(selected) == reached(model)
     assert {name.split(".")[-2] for name in selected} == {

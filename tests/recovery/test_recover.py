@@ -20,14 +20,6 @@ from llmcompressor_moe.recovery.data import RecoveryRows, RowStream, recovery_ro
 from llmcompressor_moe.recovery.dense import to_dense
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """Student, teacher and text."""
-    directory = tmp_path_factory.mktemp("models")
-    base = cases.teacher(directory)
-    return cases.student(directory, base), base, cases.text(directory)
-
-
 def settings(text: Path, **changes) -> RecoverySettings:
     return RecoverySettings.model_validate({**cases.BASICS, "data": str(text), **changes})
 

@@ -6,19 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import recovery_cases as cases
 from typer.testing import CliRunner
 
 from llmcompressor_moe.cli import app
 from llmcompressor_moe.recovery import RecoveryReport
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """Student, teacher and text."""
-    directory = tmp_path_factory.mktemp("models")
-    base = cases.teacher(directory)
-    return cases.student(directory, base), base, cases.text(directory)
 
 
 def recover(models: tuple[Path, Path, Path], output: Path, *options: object):

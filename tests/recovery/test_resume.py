@@ -27,14 +27,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """Student, teacher and text."""
-    directory = tmp_path_factory.mktemp("models")
-    base = cases.teacher(directory)
-    return cases.student(directory, base), base, cases.text(directory)
-
-
 def wanted(text: Path, **changes) -> dict:
     # Dropout, so that random numbers have to go on where they were.
     adapters = {"train": ["lora", "router", "norms"], "lora": {"rank": 2, "dropout": 0.5}}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_cases as cases
 import support
 import torch
 from compressed_tensors.quantization import preset_name_to_scheme
@@ -14,7 +15,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from datasets import Dataset
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import nn
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, MistralForCausalLM, Trainer, TrainingArguments
 
 from llmcompressor_moe import ExpertDropModifier, LayerDropModifier
 from llmcompressor_moe.check import IllegalCheckpointError, check_checkpoint
@@ -246,15 +247,7 @@ def test_upstream_alone_loses_the_gradient_of_rounded_inputs(quantized):
 
 
 def test_a_dense_student_is_loaded_and_saved(tmp_path):
-    config = MistralConfig(
-        vocab_size=support.VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    cases.dense().save_pretrained(tmp_path / "dense")
     student = load_student(tmp_path / "dense", linear_experts=True)
     select(student, ["all"])
     train(student, tmp_path)
