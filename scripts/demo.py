@@ -30,7 +30,8 @@ from llmcompressor_moe.cli.logs import logs
 from llmcompressor_moe.compression import CompressionSummary, compress
 from llmcompressor_moe.demo import DEMO_MODEL, heldout_rows
 from llmcompressor_moe.evaluation import perplexity
-from llmcompressor_moe.evaluation.speed import SpeedSettings, measure_vllm
+from llmcompressor_moe.evaluation.latency import SpeedSettings
+from llmcompressor_moe.evaluation.speed import measure_vllm
 from llmcompressor_moe.evaluation.vllm_engine import VllmProcess
 from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.sizes import bytes_text, count_text

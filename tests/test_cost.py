@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmcompressor_moe import LayerDropModifier, RouterAwareQuantModifier
 from llmcompressor_moe.demo import DEMO_MODEL
-from llmcompressor_moe.evaluation.cost import ModelCost, expected_distinct_experts, model_cost
+from llmcompressor_moe.evaluation.cost import ModelCost, expected_distinct_experts
+from llmcompressor_moe.evaluation.cost_reading import model_cost
 from llmcompressor_moe.topology import find_topology
 
 # Shared experts, a router's bias, latent attention, sliding windows, fused experts, values of another size than

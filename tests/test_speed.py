@@ -13,21 +13,18 @@ from pydantic import ValidationError
 from llmcompressor_moe import LayerDropModifier
 from llmcompressor_moe.demo import DEMO_MODEL
 from llmcompressor_moe.evaluation import speed
-from llmcompressor_moe.evaluation.cost import model_cost
-from llmcompressor_moe.evaluation.resident_memory import forget_peak, peak_resident_nbytes, resident_nbytes
-from llmcompressor_moe.evaluation.speed import (
+from llmcompressor_moe.evaluation.cost_reading import model_cost
+from llmcompressor_moe.evaluation.latency import (
     Latency,
     Quartiles,
     SpeedComparison,
     SpeedSettings,
     compare_latencies,
-    compare_speed,
-    measure_transformers,
-    measure_vllm,
-    take_turns,
 )
+from llmcompressor_moe.evaluation.resident_memory import forget_peak, peak_resident_nbytes, resident_nbytes
+from llmcompressor_moe.evaluation.speed import compare_speed, measure_transformers, measure_vllm
 from llmcompressor_moe.evaluation.transformers_engine import TransformersModel, resident_peaks
-from llmcompressor_moe.evaluation.turn import Turn
+from llmcompressor_moe.evaluation.turns import Turn, take_turns
 from llmcompressor_moe.evaluation.vllm_engine import VllmError, VllmProcess
 
 

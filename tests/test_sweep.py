@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmcompressor_moe.evaluation.latency import SpeedSettings
 from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
-from llmcompressor_moe.evaluation.speed import SpeedSettings
 from llmcompressor_moe.sweep.columns import columns_of
 from llmcompressor_moe.sweep.curves import trade_off_curves
 from llmcompressor_moe.sweep.grid import Grid, GridError, Point, load_grid

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, load_trimmed_moe
 from llmcompressor_moe.demo import DEMO_MODEL, heldout_rows
 from llmcompressor_moe.evaluation import mean_negative_log_likelihood
-from llmcompressor_moe.evaluation.cost import model_cost
-from llmcompressor_moe.evaluation.speed import SpeedSettings, compare_speed
+from llmcompressor_moe.evaluation.cost_reading import model_cost
+from llmcompressor_moe.evaluation.latency import SpeedSettings
+from llmcompressor_moe.evaluation.speed import compare_speed
 from llmcompressor_moe.evaluation.vllm_engine import VllmError, VllmProcess
 from serving.engine import PYTHON
 

@@ -87,9 +87,9 @@ def evaluate(
     """
     from llmcompressor_moe.checkpoint.files import check_can_write_file, write_text
     from llmcompressor_moe.cli.logs import logs
+    from llmcompressor_moe.evaluation.latency import SpeedSettings
     from llmcompressor_moe.evaluation.run import EvaluationSettings
     from llmcompressor_moe.evaluation.run import evaluate as run
-    from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.limits import Limits
 
     with logs(verbose), user_errors(show_trace=verbose):

@@ -62,8 +62,8 @@ def sweep(
     """
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.demo import DEMO_MODEL
+    from llmcompressor_moe.evaluation.latency import SpeedSettings
     from llmcompressor_moe.evaluation.run import EvaluationSettings
-    from llmcompressor_moe.evaluation.speed import SpeedSettings
     from llmcompressor_moe.sweep.grid import load_grid
     from llmcompressor_moe.sweep.page import write_page
     from llmcompressor_moe.sweep.plots import PlotsMissingError, write_plots

@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from llmcompressor_moe.evaluation.agreement import Agreement
 from llmcompressor_moe.evaluation.communication import CommunicationComparison
 from llmcompressor_moe.evaluation.cost import ModelCost
+from llmcompressor_moe.evaluation.latency import SpeedComparison
 from llmcompressor_moe.evaluation.recovered import RecoveryCurve
 from llmcompressor_moe.evaluation.routing import RoutingComparison
-from llmcompressor_moe.evaluation.speed import SpeedComparison
 from llmcompressor_moe.evaluation.tasks import TaskScore
 from llmcompressor_moe.evaluation.text import TextQuality
 from llmcompressor_moe.limits import BrokenLimit, Limits

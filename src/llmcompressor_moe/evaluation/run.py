@@ -17,7 +17,7 @@ from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.weights import require_weights
 from llmcompressor_moe.evaluation.agreement import require_same_vocabulary
 from llmcompressor_moe.evaluation.communication import DispatchFormat, compare_communication
-from llmcompressor_moe.evaluation.cost import model_cost
+from llmcompressor_moe.evaluation.cost_reading import model_cost
 from llmcompressor_moe.evaluation.history import ModelLayout, match_layouts, read_history
 from llmcompressor_moe.evaluation.in_memory import (
     BaseFigures,
@@ -26,12 +26,13 @@ from llmcompressor_moe.evaluation.in_memory import (
     measured,
     recorded_figures,
 )
+from llmcompressor_moe.evaluation.latency import SpeedSettings
 from llmcompressor_moe.evaluation.recovered import read_recovery
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation, Evaluation
 from llmcompressor_moe.evaluation.routing import compare_records
 from llmcompressor_moe.evaluation.served_tasks import run_served_tasks
 from llmcompressor_moe.evaluation.sources import evaluation_texts
-from llmcompressor_moe.evaluation.speed import SpeedSettings, check_speed, compare_speed
+from llmcompressor_moe.evaluation.speed import check_speed, compare_speed
 from llmcompressor_moe.evaluation.tasks import TaskScore, check_tasks, run_tasks
 from llmcompressor_moe.evaluation.vllm_engine import VllmError, check_interpreter
 from llmcompressor_moe.evaluation.windows import vocabulary_size

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from llmcompressor_moe.check.expected import model_class
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.evaluation.resident_memory import forget_peak, peak_resident_nbytes, resident_nbytes
-from llmcompressor_moe.evaluation.turn import Turn
+from llmcompressor_moe.evaluation.turns import Turn
 from llmcompressor_moe.inspection import read_config
 
 __all__ = ["TransformersModel", "resident_peaks"]

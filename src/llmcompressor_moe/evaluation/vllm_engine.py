@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompressor_moe.evaluation.turn import Turn
+from llmcompressor_moe.evaluation.turns import Turn
 
 __all__ = ["VllmError", "VllmProcess", "check_interpreter"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
+from llmcompressor_moe.evaluation.latency import SpeedComparison
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation
-from llmcompressor_moe.evaluation.speed import SpeedComparison
 from llmcompressor_moe.evidence import Evidence
 from llmcompressor_moe.sweep.choice import Drops
 from llmcompressor_moe.sweep.grid import Grid, Point

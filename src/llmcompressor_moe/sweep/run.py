@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from llmcompressor_moe.checkpoint.atomic import check_can_write
 from llmcompressor_moe.checkpoint.files import write_text
 from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.evaluation.latency import SpeedComparison
 from llmcompressor_moe.evaluation.report import BaseEvaluation
 from llmcompressor_moe.evaluation.run import (
     BaseRecord,
@@ -24,7 +25,7 @@ from llmcompressor_moe.evaluation.run import (
     evaluate_compressed,
     recorded,
 )
-from llmcompressor_moe.evaluation.speed import SpeedComparison, compare_speed
+from llmcompressor_moe.evaluation.speed import compare_speed
 from llmcompressor_moe.evidence import Evidence
 from llmcompressor_moe.evidence.gather import (
     CalibrationSettings,
