@@ -1,4 +1,4 @@
-"""What `make demo` runs: compress the bundled model, check, reload, serve with vLLM, print one table.
+"""What `make demo` runs: compress the bundled model, check, reload, serve with vLLM, print one table, draw others.
 
     .venv/bin/python scripts/demo.py [OUTPUT]
 
@@ -9,6 +9,7 @@ quantization are made as well, and that checkpoint is what vLLM serves here.
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,17 +28,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompressor_moe import load_trimmed_moe
 from llmcompressor_moe.cli.compress import render
 from llmcompressor_moe.cli.logs import logs
+from llmcompressor_moe.cli.sweep import render as render_points
 from llmcompressor_moe.compression import CompressionSummary, compress
 from llmcompressor_moe.demo import DEMO_MODEL, heldout_rows
 from llmcompressor_moe.evaluation import perplexity
 from llmcompressor_moe.evaluation.latency import SpeedSettings
+from llmcompressor_moe.evaluation.run import EvaluationSettings
 from llmcompressor_moe.evaluation.speed import measure_vllm
 from llmcompressor_moe.evaluation.vllm_engine import VllmProcess
 from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.sizes import bytes_text, count_text
+from llmcompressor_moe.sweep.grid import load_grid
+from llmcompressor_moe.sweep.page import write_page
+from llmcompressor_moe.sweep.plots import write_plots
+from llmcompressor_moe.sweep.report import SweepReport
+from llmcompressor_moe.sweep.run import SweepSettings, run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"
+GRID = ROOT / "grids" / "quick.yaml"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS, ROUNDS = 16, 32, 128, 8
 
@@ -142,6 +151,17 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def try_others(output: Path) -> SweepReport:
+    """A few other cuts, measured and drawn; what an earlier demo left there goes."""
+    shutil.rmtree(output, ignore_errors=True)
+    evaluation = EvaluationSettings(max_tokens=8192, length=256, stride=256, batch_size=8, dtype="float32")
+    settings = SweepSettings(num_samples=32, kl_samples=8, evaluation=evaluation)
+    report = run_sweep(DEMO_MODEL, load_grid(GRID), output, settings)
+    write_page(report, output / "report.html")
+    write_plots(report, output)
+    return report
+
+
 def main(output: Path) -> None:
     """Everything, in order."""
     console = Console()
@@ -166,6 +186,10 @@ def main(output: Path) -> None:
         highlight=False,
     )
     (output / "table.json").write_text(json.dumps([asdict(column) for column in columns], indent=2) + "\n")
+    console.rule(f"other cuts ({GRID.name})", align="left")
+    with logs(verbose=False):
+        render_points(try_others(output / "sweep"), console)
+    console.print(f"open {output / 'sweep' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make demo`, from the bundled model to the table, with real vLLM."""
+"""`make demo`, from the bundled model to the table and the drawn sweep, with real vLLM."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from llmcompressor_moe.sweep.report import SweepReport
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 
@@ -27,3 +29,11 @@ def test_demo_serves_what_transformers_measures(tmp_path):
         assert column["served_perplexity"] == pytest.approx(column["perplexity"], rel=0.005)
         assert column["tokens_per_second"] > 0
     assert quantized["perplexity"] < 1.1 * drops["perplexity"]
+    sweep = SweepReport.model_validate_json((tmp_path / "sweep" / "sweep.json").read_text())
+    assert len(sweep.points) == 10 and all(result.found is not None for result in sweep.points[1:])
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert all(str(result.point) in page for result in sweep.points)
+    assert {path.name for path in (tmp_path / "sweep").glob("*.png")} == {
+        "trade-off-size.png",
+        "trade-off-reads.png",
+    }
