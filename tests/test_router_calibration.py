@@ -193,6 +193,32 @@ def test_factors_are_in_the_weights(tmp_path: Path) -> None:
     assert all(name.endswith("down_proj") for name in changed(plain, model))
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_checkpointing_saves_memory_and_changes_nothing(quantized: bool, tmp_path: Path) -> None:
+    base = support.saved("mixtral", tmp_path)
+    found, kept = [], []
+    for checkpointing in (False, True):
+        before: list[Any] = [ExpertDropModifier(experts={0: [0, 1], 2: [3]})]
+        if quantized:
+            before += [RouterAwareQuantModifier(target_bits=6.5, group_size=32)]
+        saved = 0
+
+        def count(value: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += value.numel()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+            _, report = calibrated(
+                base, tmp_path, *before, objective="output", gradient_checkpointing=checkpointing
+            )
+        found.append({index: layer.error_after for index, layer in report.layers.items()})
+        kept.append(saved)
+        assert all(layer.error_after != layer.error_before for layer in report.layers.values())
+    assert found[0] == found[1]
+    assert 0 < kept[1] < kept[0] / 5
+
+
 @pytest.mark.parametrize("schemes", [["W4A16", "W8A16"], ["W8A8"]], ids="-".join)
 def test_after_quantization(schemes: list[str], tmp_path: Path) -> None:
     base = support.saved("mixtral", tmp_path)

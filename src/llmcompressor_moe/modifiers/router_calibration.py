@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import get_execution_device
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
@@ -54,6 +55,8 @@ class RouterCalibrationModifier(MoEModifier):
     :param steps: steps of gradient descent, at most; the batches are divided among them
     :param learning_rate: of Adam, relative to the root mean square of each tensor; falls to zero
     :param layer_tokens: tokens that each MoE layer is fitted on (``layer``)
+    :param gradient_checkpointing: compute each block again in the backward pass instead of keeping what it leaves
+        for it, for half a forward pass more (``output``; the result is the same); None: on accelerators
     """
 
     # Its passes are its own and run routed experts only.
@@ -65,6 +68,7 @@ class RouterCalibrationModifier(MoEModifier):
     steps: int = Field(default=20, ge=1)
     learning_rate: float = Field(default=0.08, gt=0, lt=1)
     layer_tokens: int = Field(default=4096, ge=1)
+    gradient_checkpointing: bool | None = None
 
     _recording: Recording | None = PrivateAttr(default=None)
 
@@ -101,6 +105,9 @@ class RouterCalibrationModifier(MoEModifier):
                 "no router module in an MoE layer of its own; leave the modifier out."
             )
         fit, held, apart = split_held_out(batches)
+        again = self.gradient_checkpointing
+        if again is None:
+            again = get_execution_device(session.model).type != "cpu"
         by_layer = self.objective == "layer" or (self.objective == "auto" and offloaded)
         settings = CalibrationSettings(
             by_layer=by_layer,
@@ -109,6 +116,7 @@ class RouterCalibrationModifier(MoEModifier):
             steps=self.steps,
             learning_rate=self.learning_rate,
             layer_tokens=self.layer_tokens,
+            gradient_checkpointing=again,
         )
         count = max(1, round(self.share * len(fit)))
         # At equal distances: neighbours may be of one document.

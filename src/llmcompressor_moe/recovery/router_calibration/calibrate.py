@@ -21,7 +21,11 @@ from llmcompressor_moe.recovery.router_calibration.outputs import (
     mean_divergence,
     record_outputs,
 )
-from llmcompressor_moe.recovery.router_calibration.recording import LayerRecord, record_layers
+from llmcompressor_moe.recovery.router_calibration.recording import (
+    LayerRecord,
+    layer_recorders,
+    record_layers,
+)
 from llmcompressor_moe.recovery.router_calibration.report import CalibratedLayer
 from llmcompressor_moe.recovery.router_calibration.trainables import LayerParameters, trainable_layer
 from llmcompressor_moe.surgery.session import TrimSession
@@ -41,6 +45,7 @@ class CalibrationSettings:
     :param steps: of gradient descent
     :param learning_rate: relative to each tensor's root mean square
     :param layer_tokens: tokens that a layer is fitted on
+    :param gradient_checkpointing: compute blocks again in the backward pass, to save memory
     """
 
     by_layer: bool
@@ -49,6 +54,7 @@ class CalibrationSettings:
     steps: int
     learning_rate: float
     layer_tokens: int
+    gradient_checkpointing: bool
 
 
 @dataclass
@@ -95,6 +101,13 @@ def record(
 ) -> Recording:
     """Run the untouched model once over all batches."""
     model, topology, layers = session.model, session.topology_now(), session.layers
+    held_outputs = None
+    if settings.judge_outputs:
+        watching = layer_recorders(model, topology, layers, len(held), _HELD_OUT_TOKENS)
+        held_outputs = record_outputs(model, topology, held, watching.values())
+        held_wanted = {index: recorder.record() for index, recorder in watching.items()}
+    else:
+        held_wanted = record_layers(model, topology, layers, held, _HELD_OUT_TOKENS)
     return Recording(
         settings,
         batches,
@@ -103,9 +116,9 @@ def record(
         wanted=record_layers(model, topology, layers, batches, settings.layer_tokens)
         if settings.by_layer
         else {},
-        held_wanted=record_layers(model, topology, layers, held, _HELD_OUT_TOKENS),
+        held_wanted=held_wanted,
         outputs=None if settings.by_layer else record_outputs(model, topology, batches),
-        held_outputs=record_outputs(model, topology, held) if settings.judge_outputs else None,
+        held_outputs=held_outputs,
     )
 
 
@@ -123,7 +136,7 @@ class _Calibration:
         self._settings = recording.settings
         self._topology = session.running_topology()
         self._blocks = {block.index: block for block in self._topology.blocks if block.moe is not None}
-        self._held = self._received(recording.held, _HELD_OUT_TOKENS)
+        self._held, self._divergence_before = self._look()
         self._parameters = {
             index: trainable_layer(self._model, block.moe, self._held[index].norm, self._settings.parts)
             for index, block in self._blocks.items()
@@ -133,7 +146,7 @@ class _Calibration:
         """See `calibrate`."""
         settings = self._settings
         self._warn_of_missing_parts()
-        errors, divergence = self._errors(), self._divergence()
+        errors, divergence = self._errors(), self._divergence_before
         if settings.by_layer:
             self._fit_layers()
         elif self._blocks:
@@ -145,6 +158,7 @@ class _Calibration:
                 self._recording.outputs,
                 steps,
                 settings.learning_rate,
+                settings.gradient_checkpointing,
             )
         self._each(LayerParameters.store, self._blocks)
         errors_after = self._errors()
@@ -174,6 +188,17 @@ class _Calibration:
             divergence_after=divergence_after,
             held_out=self._recording.apart,
         )
+
+    def _look(self) -> tuple[dict[int, LayerRecord], float | None]:
+        """What MoE layers receive on the held-out batches, and the divergence there, before anything is fitted."""
+        outputs = self._recording.held_outputs
+        if outputs is None:
+            return self._received(self._recording.held, _HELD_OUT_TOKENS), None
+        watching = layer_recorders(
+            self._model, self._topology, list(self._blocks), len(outputs.batches), _HELD_OUT_TOKENS
+        )
+        divergence = mean_divergence(self._model, self._topology, outputs, watching.values())
+        return {index: recorder.record() for index, recorder in watching.items()}, divergence
 
     def _received(self, batches: Sequence[dict[str, Any]], tokens: int) -> dict[int, LayerRecord]:
         """What the MoE layers that are left receive now."""

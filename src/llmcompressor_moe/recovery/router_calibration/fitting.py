@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device
+from compressed_tensors.utils import patch_attr
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -72,12 +75,15 @@ def fit_outputs(
     record: OutputRecord,
     steps: int,
     learning_rate: float,
+    gradient_checkpointing: bool,
 ) -> None:
     """Let the whole model say what it said before compression; each batch is seen once."""
     shares = torch.arange(len(record.batches)).tensor_split(steps)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_frozen(model))
         stack.enter_context(learning(model, topology))
+        if gradient_checkpointing:
+            stack.enter_context(_checkpointed(model, topology))
         for layer in parameters.values():
             stack.enter_context(layer.active())
         turns = descend(list(parameters.values()), steps, learning_rate)
@@ -108,6 +114,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in before:
                 parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _checkpointed(model: nn.Module, topology: Topology) -> Iterator[None]:
+    """Keep what enters each block and compute the rest again in the backward pass: what a whole model leaves for
+    it, rounded copies of its weights among them, would not fit beside a large one.
+    """
+    with contextlib.ExitStack() as stack:
+        for block in topology.blocks:
+            module = model.get_submodule(block.name)
+            again = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            stack.enter_context(patch_attr(module, "forward", again))
+        yield
 
 
 def _spread(values: torch.Tensor, steps: int) -> torch.Tensor:

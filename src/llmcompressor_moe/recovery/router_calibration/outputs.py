@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.forward import batch_mask, forwards, sum_over_ranks, to_device
-from llmcompressor_moe.profile.observing import RoutedObserver
+from llmcompressor_moe.profile.observing import Observer, RoutedObserver
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
 from llmcompressor_moe.recovery.losses import TopLogits, top_logits_kl
 from llmcompressor_moe.topology import Topology
@@ -39,25 +39,40 @@ class OutputRecord:
 
 
 def record_outputs(
-    model: PreTrainedModel, topology: Topology, batches: Sequence[dict[str, Any]]
+    model: PreTrainedModel,
+    topology: Topology,
+    batches: Sequence[dict[str, Any]],
+    observers: Collection[Observer] = (),
 ) -> OutputRecord:
-    """Run a model that is not offloaded over batches and keep what it would say next."""
-    with _routed(model, topology):
-        tops = [
-            _top(_logits(model, batch)) for batch in tqdm(batches, desc="Recording the output", leave=False)
-        ]
+    """Run a model that is not offloaded over batches and keep what it would say next.
+
+    :param observers: these watch
+    """
+    with _routed(model, topology), _watched(observers):
+        tops = []
+        for index, batch in enumerate(tqdm(batches, desc="Recording the output", leave=False)):
+            _announce(observers, index, batch)
+            tops.append(_top(_logits(model, batch)))
     return OutputRecord(batches, tops)
 
 
 def mean_divergence(
-    model: PreTrainedModel, topology: Topology, record: OutputRecord, *, quantized: bool = True
+    model: PreTrainedModel,
+    topology: Topology,
+    record: OutputRecord,
+    observers: Collection[Observer] = (),
+    *,
+    quantized: bool = True,
 ) -> float:
     """KL(recorded || model) of the next token in nats, the mean over all tokens of all ranks; see
     `recovery.losses.top_logits_kl`.
+
+    :param observers: these watch
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    with _routed(model, topology, quantized=quantized):
-        for batch, top in zip(record.batches, record.tops, strict=True):
+    with _routed(model, topology, quantized=quantized), _watched(observers):
+        for index, (batch, top) in enumerate(zip(record.batches, record.tops, strict=True)):
+            _announce(observers, index, batch)
             logits = _logits(model, batch)
             sums[0] += float(top_logits_kl(logits, _on(top, logits.device))) * len(logits)
             sums[1] += len(logits)
@@ -88,6 +103,19 @@ def _routed(model: PreTrainedModel, topology: Topology, *, quantized: bool = Fal
         stack.enter_context(forwards(model, quantized=quantized))
         stack.enter_context(_lm_head(model))
         yield
+
+
+@contextlib.contextmanager
+def _watched(observers: Collection[Observer]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer)
+        yield
+
+
+def _announce(observers: Collection[Observer], index: int, batch: dict[str, Any]) -> None:
+    for observer in observers:
+        observer.start_batch(index, batch_mask(batch))
 
 
 @contextlib.contextmanager

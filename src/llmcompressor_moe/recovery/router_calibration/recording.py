@@ -20,7 +20,7 @@ from llmcompressor_moe.profile.observing import (
 )
 from llmcompressor_moe.topology import Block, Topology
 
-__all__ = ["LayerRecord", "record_layers"]
+__all__ = ["LayerRecord", "LayerRecorder", "layer_recorders", "record_layers"]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class LayerRecord:
     norm: str | None
 
 
-class _LayerRecorder(Observer):
+class LayerRecorder(Observer):
     """Keeps up to ``per_batch`` tokens of each batch, at equal distances among those that are no padding."""
 
     def __init__(self, model: nn.Module, block: Block, per_batch: int) -> None:
@@ -89,6 +89,26 @@ class _LayerRecorder(Observer):
         return flat[torch.linspace(0, len(flat) - 1, count, device=flat.device).round().long()].cpu()
 
 
+def layer_recorders(
+    model: PreTrainedModel, topology: Topology, layers: Sequence[int], batches: int, tokens: int
+) -> dict[int, LayerRecorder]:
+    """What keeps some tokens of each batch while a model runs.
+
+    The same batches and number of tokens give the same tokens, whatever was cut from the model in between.
+
+    :param layers: block indices
+    :param batches: how many the model will run on
+    :param tokens: to keep, about
+    """
+    per_batch = max(1, tokens // max(batches, 1))
+    wanted = set(layers)
+    return {
+        block.index: LayerRecorder(model, block, per_batch)
+        for block in topology.blocks
+        if block.index in wanted
+    }
+
+
 def record_layers(
     model: PreTrainedModel,
     topology: Topology,
@@ -98,20 +118,15 @@ def record_layers(
     *,
     quantized: bool = False,
 ) -> dict[int, LayerRecord]:
-    """Run ``model`` once over ``batches`` and keep what its MoE layers received and gave.
+    """Run ``model``, offloaded or not, once over ``batches`` and keep what its MoE layers received and gave; see
+    `layer_recorders`.
 
-    The same batches and number of tokens give the same tokens, whatever was cut from the model in between.
-
-    :param layers: block indices
-    :param tokens: to keep, about
     :param quantized: run quantized modules as they will be served
     :return: block index -> record of this rank's batches
     """
-    blocks = [block for block in topology.blocks if block.index in set(layers)]
-    per_batch = max(1, tokens // max(len(batches), 1))
-    recorders = {block.index: _LayerRecorder(model, block, per_batch) for block in blocks}
+    recorders = layer_recorders(model, topology, layers, len(batches), tokens)
     # Routed tokens only: upstream's experts run all tokens while a recipe calibrates.
-    routed = [RoutedObserver(model, block) for block in blocks]
+    routed = [RoutedObserver(model, block) for block in topology.blocks if block.index in recorders]
     observe_batches(
         model, [*routed, *recorders.values()], batches, "Recording MoE layers", quantized=quantized
     )
