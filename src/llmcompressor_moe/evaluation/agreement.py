@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
-from llmcompressor_moe.evaluation.likelihood import evaluation_mode, require_finite, window_logits
+from llmcompressor_moe.evaluation.likelihood import (
+    evaluation_mode,
+    require_finite,
+    summed,
+    window_logits,
+    window_losses,
+)
+from llmcompressor_moe.evaluation.text import TextQuality, quality_of
 from llmcompressor_moe.evaluation.windows import (
     Document,
     Texts,
@@ -39,7 +46,15 @@ from llmcompressor_moe.sizes import bytes_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Agreement", "BaseLogits", "agreement", "recorded_base", "require_same_vocabulary"]
+__all__ = [
+    "Agreement",
+    "BaseLogits",
+    "agreement",
+    "answers",
+    "recorded_base",
+    "require_same_vocabulary",
+    "text_quality_of",
+]
 
 # Rows of logits that are in float64 at a time: half a dozen blocks of 0.15 GB with a vocabulary of 150,000.
 _ROWS = 128
@@ -78,6 +93,7 @@ class BaseLogits:
 
     :param batches: windows as they were fed, of equal shape within a batch
     :param values: [predictions in the order of ``batches``, vocabulary] in the model's dtype, mapped from a file
+    :param losses: what the text's own tokens cost the model in nats, [windows, scored] for each batch, fp32
     """
 
     documents: list[Document]
@@ -85,6 +101,7 @@ class BaseLogits:
     length: int
     stride: int
     values: Tensor
+    losses: list[Tensor]
 
 
 @contextlib.contextmanager
@@ -126,25 +143,47 @@ def recorded_base(
     rows = sum(window.scored for window in found)
     with tempfile.TemporaryDirectory(prefix="base-logits-", dir=directory) as folder:
         values: Tensor | None = None
+        losses: list[Tensor] = []
         done = 0
         with evaluation_mode(base):
             for batch in tqdm(grouped, desc="Base model", leave=False):
-                logits = window_logits(base, documents, batch)[0].flatten(0, 1)
+                logits, targets = window_logits(base, documents, batch)
+                losses.append(window_losses(logits, targets).cpu())
+                logits = logits.flatten(0, 1)
                 if values is None:
                     values = _mapped(Path(folder, "logits"), (rows, logits.shape[1]), logits.dtype)
                 values[done : done + len(logits)] = logits.cpu()
                 done += len(logits)
         assert values is not None
         # The model is not needed any more, and a caller's `del` alone would not free it.
-        del base, logits
-        yield BaseLogits(documents, grouped, length, stride, values)
+        del base, logits, targets
+        yield BaseLogits(documents, grouped, length, stride, values, losses)
+
+
+def text_quality_of(recording: BaseLogits, losses: Sequence[Tensor]) -> TextQuality:
+    """How well a model predicts the text that was recorded.
+
+    :param losses: `BaseLogits.losses`, or what `answers` gives of another model
+    :raises ValueError: the text has no bytes
+    :raises FloatingPointError: a token of it has probability zero; names the window
+    """
+    pairs = zip(losses, recording.batches, strict=True)
+    total = sum((summed(of_batch, batch) for of_batch, batch in pairs), torch.zeros((), dtype=torch.float64))
+    windows = [window for batch in recording.batches for window in batch]
+    return quality_of(recording.documents, windows, recording.length, recording.stride, total.item())
 
 
 def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
+    """Let a model answer the windows that its base answered, and compare the distributions; see `answers`."""
+    return answers(recording, model)[0]
+
+
+def answers(recording: BaseLogits, model: PreTrainedModel) -> tuple[Agreement, list[Tensor]]:
     """Let a model answer the windows that its base answered, and compare the distributions.
 
     Softmax and sums are taken in float64 from the logits as the models give them.
 
+    :return: the comparison, and the losses as `BaseLogits.losses`
     :raises ValueError: the vocabularies differ in size, or the model has fewer positions than the windows
     :raises FloatingPointError: logits are NaN or infinite, or a token that the base may say has probability
         zero; names the window
@@ -153,28 +192,30 @@ def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
     require_same_vocabulary(vocabulary, vocabulary_size(model.config))
     check_fits(model.config, recording.documents, recording.length)
     divergences: list[Tensor] = []
+    losses: list[Tensor] = []
     same = done = 0
     with evaluation_mode(model):
         for batch in tqdm(recording.batches, desc="Agreement", leave=False):
             logits, targets = window_logits(model, recording.documents, batch)
+            losses.append(window_losses(logits, targets).cpu())
             flat = logits.flatten(0, 1)
             require_same_vocabulary(vocabulary, flat.shape[1])
             base = recording.values[done : done + len(flat)].to(flat.device)
             done += len(flat)
-            found = torch.cat(
+            apart = torch.cat(
                 [
                     kl_divergence(ours, theirs)
                     for ours, theirs in zip(base.split(_ROWS), flat.split(_ROWS), strict=True)
                 ]
             )
             require_finite(
-                found.view(targets.shape), batch, "the KL divergence from the base model is infinite"
+                apart.view(targets.shape), batch, "the KL divergence from the base model is infinite"
             )
-            divergences.append(found.cpu())
+            divergences.append(apart.cpu())
             same += int((base.argmax(-1) == flat.argmax(-1)).sum())
     every = torch.cat(divergences)
     median, high, highest = torch.quantile(every, torch.tensor([0.5, 0.9, 0.99], dtype=every.dtype)).tolist()
-    return Agreement(
+    found = Agreement(
         tokens=done,
         vocabulary=vocabulary,
         length=recording.length,
@@ -185,6 +226,7 @@ def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
         kl_99=highest,
         top1_agreement=same / done,
     )
+    return found, losses
 
 
 def kl_divergence(base: Tensor, other: Tensor) -> Tensor:

@@ -11,14 +11,20 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.demo import token_rows
-from llmcompressor_moe.evaluation.agreement import Agreement, BaseLogits, agreement, recorded_base
+from llmcompressor_moe.evaluation.agreement import (
+    Agreement,
+    BaseLogits,
+    answers,
+    recorded_base,
+    text_quality_of,
+)
 from llmcompressor_moe.evaluation.routing import (
     RoutingComparison,
     RoutingRecord,
     compare_records,
     record_routing,
 )
-from llmcompressor_moe.evaluation.text import TextQuality, text_quality
+from llmcompressor_moe.evaluation.text import TextQuality, require_bytes
 from llmcompressor_moe.evaluation.windows import choose_windows, tokenized
 from llmcompressor_moe.limits import Figures
 from llmcompressor_moe.profile.forward import quantized_as_calibrated
@@ -33,7 +39,6 @@ class BaseFigures:
 
     tokenizer: PreTrainedTokenizerBase
     texts: list[str]
-    batch_size: int
     text: TextQuality
     asked: bool
     logits: BaseLogits
@@ -51,7 +56,9 @@ def check_text(
 
     :raises ValueError: see `text.text_quality`; or the text is shorter than one window
     """
-    length_used, *_ = choose_windows(config, tokenized(tokenizer, texts), length, stride)
+    documents = tokenized(tokenizer, texts)
+    length_used, *_ = choose_windows(config, documents, length, stride)
+    require_bytes(documents)
     _routing_batches(tokenizer, texts, length_used, asked=length is not None)
 
 
@@ -70,11 +77,12 @@ def recorded_figures(
 
     :raises ValueError: see `text.text_quality`
     """
-    windows = {"length": length, "stride": stride, "batch_size": batch_size}
     with contextlib.ExitStack() as stack:
         with HooksMixin.disable_hooks():
-            text = text_quality(model, tokenizer, texts, **windows)
-            logits = stack.enter_context(recorded_base(model, tokenizer, texts, **windows))
+            logits = stack.enter_context(
+                recorded_base(model, tokenizer, texts, length, stride, batch_size=batch_size)
+            )
+            text = text_quality_of(logits, logits.losses)
             routing = record_routing(
                 model,
                 _routing_batches(tokenizer, texts, logits.length, asked=length is not None),
@@ -82,7 +90,7 @@ def recorded_figures(
             )
         # Whoever is done with the model shall not find it held here.
         del model
-        yield BaseFigures(tokenizer, texts, batch_size, text, length is not None, logits, routing)
+        yield BaseFigures(tokenizer, texts, text, length is not None, logits, routing)
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,10 @@ def measured(model: PreTrainedModel, base: BaseFigures) -> Measured:
 
     :raises FloatingPointError: it gives NaN or infinite logits
     """
+    compared, losses = answers(base.logits, model)
     return Measured(
-        text=text_quality(
-            model,
-            base.tokenizer,
-            base.texts,
-            base.logits.length,
-            base.logits.stride,
-            batch_size=base.batch_size,
-        ),
-        agreement=agreement(base.logits, model),
+        text=text_quality_of(base.logits, losses),
+        agreement=compared,
         routing=record_routing(
             model,
             _routing_batches(base.tokenizer, base.texts, base.logits.length, asked=base.asked),

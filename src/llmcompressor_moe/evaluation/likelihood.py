@@ -18,8 +18,11 @@ __all__ = [
     "mean_negative_log_likelihood",
     "perplexity",
     "perplexity_of",
+    "require_finite",
+    "summed",
     "total_negative_log_likelihood",
     "window_logits",
+    "window_losses",
 ]
 
 
@@ -69,6 +72,23 @@ def require_finite(values: Tensor, batch: Sequence[Window], problem: str) -> Non
         )
 
 
+def window_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target in nats, [windows, scored], with a softmax in float32; infinite where p is zero."""
+    flat = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
+    return flat.view(targets.shape)
+
+
+def summed(losses: Tensor, batch: Sequence[Window]) -> Tensor:
+    """The sum over a batch in float64, on the CPU.
+
+    :raises FloatingPointError: a token of the text has probability zero; names the window
+    """
+    require_finite(losses, batch, "a token of the text has probability zero")
+    return losses.double().sum().cpu()
+
+
 def total_negative_log_likelihood(
     model: Module,
     documents: Sequence[Document],
@@ -90,12 +110,8 @@ def total_negative_log_likelihood(
         for batch in tqdm(
             batches(windows, batch_size), desc=description, leave=False, disable=description is None or None
         ):
-            logits, targets = window_logits(model, documents, batch)
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-            ).view(targets.shape)
-            require_finite(losses, batch, "a token of the text has probability zero")
-            total += losses.double().sum().cpu()
+            losses = window_losses(*window_logits(model, documents, batch))
+            total += summed(losses, batch)
     return total.item()
 
 

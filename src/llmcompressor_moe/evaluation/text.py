@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from llmcompressor_moe.evaluation.likelihood import perplexity_of, total_negative_log_likelihood
-from llmcompressor_moe.evaluation.windows import Texts, choose_windows, tokenized
+from llmcompressor_moe.evaluation.windows import Document, Texts, Window, choose_windows, tokenized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TextQuality", "text_quality"]
+__all__ = ["TextQuality", "quality_of", "require_bytes", "text_quality"]
 
 
 class TextQuality(BaseModel):
@@ -72,11 +73,32 @@ def text_quality(
     """
     documents = tokenized(tokenizer, texts, running_text=running_text)
     length, stride, found = choose_windows(model.config, documents, length, stride)
+    require_bytes(documents)
+    total = total_negative_log_likelihood(model, documents, found, batch_size, "Perplexity")
+    return quality_of(documents, found, length, stride, total)
+
+
+def require_bytes(documents: Sequence[Document]) -> int:
+    """UTF-8 bytes of documents.
+
+    :raises ValueError: there are none
+    """
     nbytes = sum(document.nbytes for document in documents)
     if nbytes < 1:
         raise ValueError("the texts hold nothing but special tokens, so there are no bytes; give text")
-    total = total_negative_log_likelihood(model, documents, found, batch_size, "Perplexity")
-    tokens = sum(window.scored for window in found)
+    return nbytes
+
+
+def quality_of(
+    documents: Sequence[Document], windows: Iterable[Window], length: int, stride: int, total: float
+) -> TextQuality:
+    """What a sum of negative log-likelihoods over windows says.
+
+    :param total: in nats
+    :raises ValueError: the documents have no bytes
+    """
+    nbytes = require_bytes(documents)
+    tokens = sum(window.scored for window in windows)
     return TextQuality(
         documents=len(documents),
         tokens=tokens,
