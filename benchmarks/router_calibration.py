@@ -24,6 +24,7 @@ from llmcompressor_moe.evaluation import perplexity
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "output, routers and norms (default)": {},
+    "the same, gradient checkpointing": {"gradient_checkpointing": True},
     "output, routers": {"parts": ["router"]},
     "output, routers, norms and scales": {"parts": ["router", "norms", "scales"]},
     "layer, routers and norms": {"objective": "layer"},

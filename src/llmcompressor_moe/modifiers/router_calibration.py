@@ -56,7 +56,7 @@ class RouterCalibrationModifier(MoEModifier):
     :param learning_rate: of Adam, relative to the root mean square of each tensor; falls to zero
     :param layer_tokens: tokens that each MoE layer is fitted on (``layer``)
     :param gradient_checkpointing: compute each block again in the backward pass instead of keeping what it leaves
-        for it, for half a forward pass more (``output``; the result is the same); None: on accelerators
+        for it, for about one forward pass more (``output``; the result is the same); None: on accelerators
     """
 
     # Its passes are its own and run routed experts only.
