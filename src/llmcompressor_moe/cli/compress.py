@@ -12,13 +12,13 @@ from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import error_line, user_errors
 from llmcompressor_moe.cli.options import (
     AsJson,
-    BaseModel,
     Dtype,
     MaxKl,
     MaxPerplexityIncrease,
     MaxReplaced,
     MinRoutingOverlap,
     MinTop1Agreement,
+    ModelDirectory,
     NumSamples,
     OutputDirectory,
     SequenceLength,
@@ -38,7 +38,7 @@ NOT_LEGAL = 1
 def compress(
     recipe: Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe; ready ones are in recipes/.")],
     output: OutputDirectory,
-    model: BaseModel = None,
+    model: ModelDirectory = None,
     dataset: Annotated[
         str | None,
         typer.Option(

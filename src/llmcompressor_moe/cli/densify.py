@@ -11,9 +11,9 @@ from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
 from llmcompressor_moe.cli.options import (
     AsJson,
-    BaseModel,
     CalibrationText,
     Dtype,
+    ModelDirectory,
     NumSamples,
     SequenceLength,
     Verbose,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def densify(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the dense checkpoint.")],
-    model: BaseModel = None,
+    model: ModelDirectory = None,
     method: Annotated[
         str,
         typer.Option(

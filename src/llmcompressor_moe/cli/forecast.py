@@ -13,9 +13,9 @@ from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
 from llmcompressor_moe.cli.options import (
     AsJson,
-    BaseModel,
     CalibrationText,
     KlSamples,
+    ModelDirectory,
     NumSamples,
     SequenceLength,
     Verbose,
@@ -31,7 +31,7 @@ _ROWS = 12
 
 
 def forecast(
-    model: BaseModel = None,
+    model: ModelDirectory = None,
     dataset: CalibrationText = "demo",
     num_samples: NumSamples = 64,
     sequence_length: SequenceLength = 256,

@@ -7,7 +7,6 @@ import typer
 
 __all__ = [
     "AsJson",
-    "BaseModel",
     "CalibrationText",
     "Device",
     "Dtype",
@@ -18,6 +17,7 @@ __all__ = [
     "MaxTokens",
     "MinRoutingOverlap",
     "MinTop1Agreement",
+    "ModelDirectory",
     "NumSamples",
     "OutputDirectory",
     "SequenceLength",
@@ -27,7 +27,7 @@ __all__ = [
     "WindowLength",
 ]
 
-BaseModel = Annotated[
+ModelDirectory = Annotated[
     Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
 ]
 OutputDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory for the new checkpoint.")]

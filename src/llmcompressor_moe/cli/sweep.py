@@ -11,12 +11,12 @@ from rich.text import Text
 from llmcompressor_moe.cli import messages
 from llmcompressor_moe.cli.errors import user_errors
 from llmcompressor_moe.cli.options import (
-    BaseModel,
     CalibrationText,
     Device,
     Dtype,
     KlSamples,
     MaxTokens,
+    ModelDirectory,
     NumSamples,
     SequenceLength,
     Stride,
@@ -35,7 +35,7 @@ def sweep(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for points, report and pictures.")
     ],
-    model: BaseModel = None,
+    model: ModelDirectory = None,
     dataset: CalibrationText = "demo",
     num_samples: NumSamples = 64,
     sequence_length: SequenceLength = 256,
