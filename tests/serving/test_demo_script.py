@@ -30,7 +30,7 @@ def test_demo_serves_what_transformers_measures(tmp_path):
         assert column["tokens_per_second"] > 0
     assert quantized["perplexity"] < 1.1 * drops["perplexity"]
     sweep = SweepReport.model_validate_json((tmp_path / "sweep" / "sweep.json").read_text())
-    assert len(sweep.points) == 10 and all(result.found is not None for result in sweep.points[1:])
+    assert len(sweep.points) == 11 and all(result.found is not None for result in sweep.points[1:])
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert all(str(result.point) in page for result in sweep.points)
     assert {path.name for path in (tmp_path / "sweep").glob("*.png")} == {

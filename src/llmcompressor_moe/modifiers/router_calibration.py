@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import get_execution_device
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
+from torch import nn
 
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
 from llmcompressor_moe.profile.forward import is_offloaded
@@ -105,9 +107,6 @@ class RouterCalibrationModifier(MoEModifier):
                 "no router module in an MoE layer of its own; leave the modifier out."
             )
         fit, held, apart = split_held_out(batches)
-        again = self.gradient_checkpointing
-        if again is None:
-            again = get_execution_device(session.model).type != "cpu"
         by_layer = self.objective == "layer" or (self.objective == "auto" and offloaded)
         settings = CalibrationSettings(
             by_layer=by_layer,
@@ -116,13 +115,19 @@ class RouterCalibrationModifier(MoEModifier):
             steps=self.steps,
             learning_rate=self.learning_rate,
             layer_tokens=self.layer_tokens,
-            gradient_checkpointing=again,
+            gradient_checkpointing=self._checkpoints(session.model),
         )
         count = max(1, round(self.share * len(fit)))
         # At equal distances: neighbours may be of one document.
         chosen = [fit[index * len(fit) // count] for index in range(count)]
         self._recording = record(session, settings, chosen, held, apart)
         return True
+
+    def _checkpoints(self, model: nn.Module) -> bool:
+        if self.gradient_checkpointing is not None:
+            return self.gradient_checkpointing
+        # Of an offloaded model upstream gives the device as it was named.
+        return torch.device(get_execution_device(model)).type != "cpu"
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """Fit and judge; see the class."""
