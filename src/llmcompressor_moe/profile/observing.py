@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
 from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
 from llmcompressor_moe.topology import Block
 
-__all__ = ["Observer", "RoutedObserver", "first_tensor", "hidden_argument", "observe_batches"]
+__all__ = [
+    "Observer",
+    "RoutedObserver",
+    "attached",
+    "first_tensor",
+    "hidden_argument",
+    "observe_batches",
+    "start_batch",
+]
 
 
 def first_tensor(values: Any) -> torch.Tensor:
@@ -153,6 +161,21 @@ class RoutedObserver(Observer):
         return chosen[:, : self._count]
 
 
+@contextlib.contextmanager
+def attached(observers: Collection[Observer]) -> Iterator[None]:
+    """Let observers watch while the context is open."""
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(observer)
+        yield
+
+
+def start_batch(observers: Collection[Observer], index: int, batch: dict[str, Any]) -> None:
+    """Tell observers which batch comes next."""
+    for observer in observers:
+        observer.start_batch(index, batch_mask(batch))
+
+
 def observe_batches(
     model: PreTrainedModel,
     observers: Collection[Observer],
@@ -172,12 +195,9 @@ def observe_batches(
     def start(index: int, batch: dict[str, Any]) -> None:
         if on_batch is not None:
             on_batch(index, batch)
-        for observer in observers:
-            observer.start_batch(index, batch_mask(batch))
+        start_batch(observers, index, batch)
 
-    with contextlib.ExitStack() as stack:
-        for observer in observers:
-            stack.enter_context(observer)
+    with attached(observers):
         run_batches(model, batches, start, description, quantized=quantized)
     for observer in observers:
         for accumulator in observer.accumulators():

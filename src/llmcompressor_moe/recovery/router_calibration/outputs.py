@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.forward import batch_mask, forwards, sum_over_ranks, to_device
-from llmcompressor_moe.profile.observing import Observer, RoutedObserver
+from llmcompressor_moe.profile.observing import Observer, RoutedObserver, attached, start_batch
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
 from llmcompressor_moe.recovery.losses import TopLogits, top_logits_kl
 from llmcompressor_moe.topology import Topology
@@ -48,10 +48,10 @@ def record_outputs(
 
     :param observers: these watch
     """
-    with _routed(model, topology), _watched(observers):
+    with _routed(model, topology), attached(observers):
         tops = []
         for index, batch in enumerate(tqdm(batches, desc="Recording the output", leave=False)):
-            _announce(observers, index, batch)
+            start_batch(observers, index, batch)
             tops.append(_top(_logits(model, batch)))
     return OutputRecord(batches, tops)
 
@@ -70,9 +70,9 @@ def mean_divergence(
     :param observers: these watch
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    with _routed(model, topology, quantized=quantized), _watched(observers):
+    with _routed(model, topology, quantized=quantized), attached(observers):
         for index, (batch, top) in enumerate(zip(record.batches, record.tops, strict=True)):
-            _announce(observers, index, batch)
+            start_batch(observers, index, batch)
             logits = _logits(model, batch)
             sums[0] += float(top_logits_kl(logits, _on(top, logits.device))) * len(logits)
             sums[1] += len(logits)
@@ -96,26 +96,9 @@ def output_loss(model: PreTrainedModel, record: OutputRecord, index: int) -> tor
 @contextlib.contextmanager
 def _routed(model: PreTrainedModel, topology: Topology, *, quantized: bool = False) -> Iterator[None]:
     """Experts run routed tokens only, where upstream's would run all of them during calibration."""
-    with contextlib.ExitStack() as stack:
-        for block in topology.blocks:
-            if block.moe is not None:
-                stack.enter_context(RoutedObserver(model, block))
-        stack.enter_context(forwards(model, quantized=quantized))
-        stack.enter_context(_lm_head(model))
+    routed = [RoutedObserver(model, block) for block in topology.blocks if block.moe is not None]
+    with attached(routed), forwards(model, quantized=quantized), _lm_head(model):
         yield
-
-
-@contextlib.contextmanager
-def _watched(observers: Collection[Observer]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for observer in observers:
-            stack.enter_context(observer)
-        yield
-
-
-def _announce(observers: Collection[Observer], index: int, batch: dict[str, Any]) -> None:
-    for observer in observers:
-        observer.start_batch(index, batch_mask(batch))
 
 
 @contextlib.contextmanager
