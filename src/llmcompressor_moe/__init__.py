@@ -16,6 +16,7 @@ from llmcompressor_moe.modifiers import (
     RouterAwareQuantModifier,
     RouterCalibrationModifier,
 )
+from llmcompressor_moe.saving.opened import open_moe
 
 __all__ = [
     "BlockDropModifier",
@@ -26,6 +27,7 @@ __all__ = [
     "RouterAwareQuantModifier",
     "RouterCalibrationModifier",
     "load_trimmed_moe",
+    "open_moe",
 ]
 
 register_linearizations()

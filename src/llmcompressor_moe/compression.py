@@ -10,23 +10,29 @@ from typing import Any
 
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel, SerializeAsAny
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check import CheckReport, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory, check_can_write
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
 from llmcompressor_moe.limits import LimitsBrokenError
-from llmcompressor_moe.loading import DTYPES, load_model, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_tokenizer
+from llmcompressor_moe.modifiers import QualityGateModifier, RouterCalibrationModifier
+from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.recipe_file import read_recipe
 from llmcompressor_moe.report import ModifierReport
+from llmcompressor_moe.saving.opened import open_moe
 from llmcompressor_moe.saving.save import is_research_only, rejected
 
 __all__ = ["DTYPES", "PIPELINES", "CompressionSummary", "compress"]
 
 PIPELINES = ("independent", "sequential")
+# They remove or watch weights, or fit routers and norms, which no format quantizes.
+_KEEP_WEIGHTS = (TrimModifier, REAPPruningModifier, QualityGateModifier, RouterCalibrationModifier)
 
 
 class CompressionSummary(BaseModel):
@@ -71,6 +77,7 @@ def compress(
     batch_size: int = 1,
     pipeline: str = "independent",
     dtype: str = "auto",
+    requantize: bool = False,
     gate: Modifier | None = None,
     announce: Callable[[str], None] = lambda step: None,
 ) -> CompressionSummary:
@@ -83,6 +90,7 @@ def compress(
     :param dataset: see `calibration_samples`; None for recipes that need no data
     :param output: directory to write; an earlier checkpoint there is replaced at the very end
     :param sequence_length: tokens per calibration sample
+    :param requantize: decode weights that are stored quantized, so that the recipe can quantize them
     :param gate: a `QualityGateModifier` to put at the end of the recipe
     :param announce: told what is being done, step by step
     :raises ValueError: something is wrong with an argument, the recipe, the data or the model; says what
@@ -97,7 +105,7 @@ def compress(
     parsed = read_recipe(recipe)
     announce("Reading the model's config")
     before = inspect_model(model)
-    _check_source(before)
+    _check_source(before, parsed, requantize)
     if dataset is None:
         _check_needs_no_data(parsed)
     announce("Preparing tokenizer and calibration data")
@@ -114,15 +122,15 @@ def compress(
             "batch_size": batch_size,
             "shuffle_calibration_samples": False,
         }
-    announce("Loading the model")
-    loaded = load_model(model, dtype, before.architecture)
+    announce("Opening the model")
+    loaded = open_moe(model, dtype=dtype, requantize=requantize, scratch=Path(output).absolute().parent)
     announce("Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers))
     steps = str(recipe) if gate is None else [*parsed.modifiers, gate]
     loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=steps, pipeline=pipeline, **options)
     broken = loaded.__dict__.pop("_broken_limits", [])
     target = rejected(output) if broken else Path(output)
     announce(f"Saving to {target}")
-    check = _save(loaded, tokenizer, target)
+    check = _save(loaded, target)
     if broken:
         raise LimitsBrokenError(broken, f"The checkpoint is kept apart in {str(target)!r}.")
     after = inspect_model(output)
@@ -164,12 +172,15 @@ def _check_arguments(
     check_can_write(output)
 
 
-def _check_source(source: ModelInspection) -> None:
-    if source.quantization is not None:
+def _check_source(source: ModelInspection, recipe: Recipe, requantize: bool) -> None:
+    """Refuse to quantize weights that are stored quantized, unless that is asked for."""
+    changing = [type(m).__name__ for m in recipe.modifiers if not isinstance(m, _KEEP_WEIGHTS)]
+    if source.quantization is not None and changing and not requantize:
         raise ValueError(
-            f"model {source.path!r} is quantized already "
-            f"(quantization_config.quant_method={source.quantization!r}); trim the "
-            "checkpoint that it was made from and quantize it in the same recipe."
+            f"model {source.path!r} is stored quantized (quant_method={source.quantization!r}), and "
+            f"{changing[0]} would change its weights. Start from the checkpoint that it was made from, pass "
+            "--requantize (requantize=True) to decode it first, or leave the modifier out: drops keep the stored "
+            "precision."
         )
 
 
@@ -183,10 +194,9 @@ def _check_needs_no_data(recipe: Recipe) -> None:
             )
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path) -> CheckReport:
-    with atomic_directory(output) as directory:
+def _save(model: PreTrainedModel, output: str | Path) -> CheckReport:
+    with atomic_directory(output, "run the command again") as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
         report = check_checkpoint(directory).raise_if_errors(research=is_research_only(model))
     report.path = str(output)
     return report

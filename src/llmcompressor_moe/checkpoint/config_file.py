@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.names import ExpertNames
+from llmcompressor_moe.checkpoint.opened import keeps_stored_precision
 from llmcompressor_moe.checkpoint.quantized_names import cover_quantized_modules
 from llmcompressor_moe.surgery.config_changes import NEVER_WRITTEN, ConfigChanges
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["write_config_changes"]
+__all__ = ["edit_config", "write_config_changes"]
 
 
 def write_config_changes(
@@ -23,8 +26,23 @@ def write_config_changes(
     :param changes: what the cut changed
     :param names: the family's own expert names, which a quantization config has to cover as well
     """
+    edit_config(directory, lambda whole: _apply(whole, model, changes, names))
+
+
+def edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change ``config.json`` in ``directory`` in place.
+
+    :param edit: changes its fields
+    """
     path = directory / "config.json"
     whole = json.loads(path.read_text())
+    edit(whole)
+    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+
+
+def _apply(
+    whole: dict[str, Any], model: PreTrainedModel, changes: ConfigChanges, names: ExpertNames | None
+) -> None:
     config = text_config(model.config)
     fields = whole.get("text_config", whole) if config is not model.config else whole
     changed, gone = changes.of(model.config)
@@ -37,6 +55,5 @@ def write_config_changes(
         fields.pop(name, None)
     for level in (whole, fields):
         level.pop(NEVER_WRITTEN, None)
-    if "quantization_config" in whole:
+    if "quantization_config" in whole and not keeps_stored_precision(model):
         cover_quantized_modules(model, whole["quantization_config"], names)
-    path.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")

@@ -27,7 +27,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from llmcompressor_moe.checkpoint.names import expert_names
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["compressed_experts_as_linears"]
+__all__ = ["compressed_experts_as_linears", "linear_experts"]
 
 _EXPERT_TENSOR = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.(\d+)\.([^.]+)\.([^.]+)$")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -102,7 +102,7 @@ def _linearize(model: PreTrainedModel, layers: set[int]) -> dict[int, str]:
             continue
         # Experts know the config of their own layer, which counts them.
         config = getattr(experts, "config", text_config(model.config))
-        model.set_submodule(path, _linear_experts(experts, config))
+        model.set_submodule(path, linear_experts(experts, config))
         _needs_no_initialization(model.get_submodule(path.rpartition(".")[0]))
         linearized[int(match[1])] = path
     return linearized
@@ -123,7 +123,8 @@ def _needs_no_initialization(moe: nn.Module) -> None:
         moe._is_hf_initialized = True
 
 
-def _linear_experts(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+def linear_experts(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+    """Linearize experts that are not loaded yet, on the device (meta) that is in force."""
     linear_cls = LinearExperts2D.get_linear_experts_cls(type(experts))
     with contextlib.ExitStack() as patches:
         for module in {sys.modules[cls.__module__] for cls in linear_cls.__mro__}:

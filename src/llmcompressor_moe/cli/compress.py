@@ -56,6 +56,14 @@ def compress(
         str, typer.Option(help="independent or sequential: see docs/modifiers.md.")
     ] = "independent",
     dtype: Dtype = "auto",
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="Decode weights that are stored quantized, so that the recipe can quantize them again. Without "
+            "it, they keep their stored precision.",
+        ),
+    ] = False,
     text: Annotated[
         str | None,
         typer.Option("--text", "-t", help="Text that limits are judged on; not the calibration text."),
@@ -98,6 +106,7 @@ def compress(
                 batch_size=batch_size,
                 pipeline=pipeline,
                 dtype=dtype,
+                requantize=requantize,
                 gate=_gate(limits, text),
                 announce=messages.step,
             )

@@ -4,6 +4,7 @@ built.
 
 from __future__ import annotations
 
+from llmcompressor_moe.checkpoint.opened import opened_from
 from llmcompressor_moe.saving.save import save_says_what_it_is
 from llmcompressor_moe.surgery.compact import remove_blocks, skip_layers, sync_config
 from llmcompressor_moe.surgery.repack import repack_experts
@@ -22,6 +23,7 @@ def finish(session: TrimSession) -> None:
     skip_layers(model, topology, session.dropped_layers - session.dropped_blocks)
     remove_blocks(model, topology.stack, session.dropped_blocks)
     sync_config(model)
-    repack_experts(model)
+    if opened_from(model) is None:
+        repack_experts(model)
     save_says_what_it_is(model, session.changes)
     session.finished = True

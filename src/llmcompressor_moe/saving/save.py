@@ -14,6 +14,7 @@ from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.config_file import write_config_changes
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
+from llmcompressor_moe.checkpoint.opened import opened_from
 from llmcompressor_moe.limits import BrokenLimit, LimitsBrokenError
 from llmcompressor_moe.saving.card import write_model_card
 from llmcompressor_moe.surgery.compact import sync_config
@@ -119,7 +120,7 @@ def remember_earlier_reports(model: PreTrainedModel) -> None:
 def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: ConfigChanges) -> None:
     """Everything that a checkpoint of a trimmed model needs beyond what llm-compressor wrote."""
     names = expert_names(text_config(model.config).model_type)
-    if names is not None:
+    if names is not None and opened_from(model) is None:
         rename_tensors(directory, names.apply)
     write_config_changes(model, directory, changes, names)
     history = getattr(model, "_trim_history", [])

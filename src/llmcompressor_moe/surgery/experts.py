@@ -9,6 +9,7 @@ import torch
 from compressed_tensors.offload import align_module_device
 from torch import nn
 
+from llmcompressor_moe.checkpoint.cache import take
 from llmcompressor_moe.topology import MoELayer, expert_modules
 
 __all__ = ["keep_experts"]
@@ -84,6 +85,8 @@ def _expert_axis(tensor: torch.Tensor, num_experts: int, is_router: bool) -> int
 
 
 def _select(holder: nn.Module, name: str, axis: int, kept: Sequence[int]) -> None:
+    if take(holder, name, axis, kept):
+        return
     with align_module_device(holder):
         old = getattr(holder, name)
         new = old.detach().index_select(axis, torch.tensor(kept, device=old.device)).contiguous()

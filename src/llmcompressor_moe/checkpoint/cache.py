@@ -1,0 +1,140 @@
+"""Parameters that are read from a checkpoint's files when they are used, and written to a scratch folder when
+they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.offload import offload_module
+from compressed_tensors.offload.cache import DiskCache, OffloadCache
+from compressed_tensors.offload.cache.dist_disk import DistributedDiskCache
+from compressed_tensors.offload.utils import to_tensor
+from compressed_tensors.utils import patch_attr
+from torch import nn
+
+from llmcompressor_moe.checkpoint.sources import Source, Taken
+
+__all__ = ["forget", "read_from", "source_of", "take"]
+
+
+class _FromCheckpoint:
+    """What an offload cache does with tensors that have a source.
+
+    An offloaded tensor is a meta tensor. While it has a source, it is read from there. The first write gives it a
+    file in the scratch folder, as upstream's disk cache does, and takes its source away. Small tensors that no
+    file holds (rotary frequencies) stay in memory.
+    """
+
+    sources: ClassVar[dict[torch.Tensor, Source]] = {}
+    resident: ClassVar[dict[torch.Tensor, torch.Tensor]] = {}
+
+    def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
+        return None if offloaded is None else self.onload_as(offloaded, offloaded.dtype)
+
+    def onload_as(self, offloaded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor on the onload device, if it is floating point in the given dtype, read in one step."""
+        if offloaded in self.resident:
+            value = self.resident[offloaded].detach()
+        elif offloaded in self.sources:
+            value = self.sources[offloaded].read(dtype)
+        else:
+            value = super().onload(offloaded).detach()
+        return to_tensor(
+            value.to(self.onload_device, dtype if value.is_floating_point() else None), offloaded
+        )
+
+    def offload(
+        self, tensor: torch.Tensor | None, offloaded: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        if tensor is not None and (tensor in self.sources or tensor in self.resident):
+            return tensor
+        return super().offload(tensor, offloaded)
+
+    def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
+        if offloaded in self.resident:
+            self.resident[offloaded].copy_(data)
+        elif offloaded in self.sources:
+            super().offload(data.reshape_as(offloaded).to(offloaded.dtype), offloaded)
+            del self.sources[offloaded]
+        else:
+            super().update_offload(offloaded, data)
+
+    def __delitem__(self, key: str) -> None:
+        offloaded = self.offloaded_values[key]
+        if offloaded is None or offloaded in self.sources or offloaded in self.resident:
+            OffloadCache.__delitem__(self, key)
+        else:
+            super().__delitem__(key)
+
+
+class CheckpointCache(_FromCheckpoint, DiskCache):
+    """Reads from a checkpoint, writes to a scratch folder."""
+
+
+class DistributedCheckpointCache(_FromCheckpoint, DistributedDiskCache):
+    """The same on several ranks: each reads for itself, and what changes is written once."""
+
+
+def read_from(
+    model: nn.Module, sources: Mapping[torch.Tensor, Source], device: torch.device, scratch: Path
+) -> None:
+    """Let all modules of a model read their tensors from sources; those without a source stay in memory.
+
+    :param model: its parameters are meta tensors
+    :param sources: meta tensor -> where it is read from
+    :param device: where modules run
+    :param scratch: folder for tensors that change
+    """
+    _FromCheckpoint.sources.update(sources)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type != "meta":
+                    tensors[name] = _kept_in_memory(tensor)
+    cache = DistributedCheckpointCache if is_distributed() else CheckpointCache
+    with patch_attr(OffloadCache, "cls_from_device", lambda *_: cache):
+        for module in model.modules():
+            offload_module(module, device, "disk", offload_dir=str(scratch))
+
+
+def _kept_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    stand_in = to_tensor(torch.empty_like(tensor, device="meta"), tensor)
+    _FromCheckpoint.resident[stand_in] = tensor
+    return stand_in
+
+
+def source_of(module: nn.Module, name: str) -> Source | None:
+    """Where a parameter or buffer of a module is read from; None when it has changed, or was never in a file."""
+    for tensors in (module._parameters, module._buffers):
+        if isinstance(tensors, OffloadCache) and name in tensors:
+            return _FromCheckpoint.sources.get(tensors.offloaded_values[name])
+    return None
+
+
+def take(module: nn.Module, name: str, axis: int, kept: Sequence[int]) -> bool:
+    """Keep some entries of an axis of a tensor that is read from a checkpoint, without reading it.
+
+    :return: False where the tensor has no source and must be cut in memory
+    """
+    source = source_of(module, name)
+    if source is None:
+        return False
+    tensors = module._parameters if name in module._parameters else module._buffers
+    old = tensors.offloaded_values[name]
+    taken = Taken(source, axis, kept)
+    new = to_tensor(taken.meta.to(old.dtype), old)
+    _FromCheckpoint.sources[new] = taken
+    tensors.offloaded_values[name] = new
+    return True
+
+
+def forget(tensors: list[torch.Tensor]) -> None:
+    """Release what is known of a model's tensors once the model is gone."""
+    for tensor in tensors:
+        _FromCheckpoint.sources.pop(tensor, None)
+        _FromCheckpoint.resident.pop(tensor, None)

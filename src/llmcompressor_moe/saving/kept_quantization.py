@@ -1,0 +1,89 @@
+"""What config.json says of stored precisions that a recipe kept: the same, in the numbers that blocks and experts
+have now.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from compressed_tensors.utils import match_name
+from torch import nn
+
+from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, opened_module
+from llmcompressor_moe.checkpoint.quantized_names import patterns_for
+from llmcompressor_moe.saving.leftovers import block_numbers
+from llmcompressor_moe.saving.tensors import moved_name
+
+__all__ = ["describe_stored_quantization"]
+
+_FIELD = "quantization_config"
+# Lists of module names or patterns, by quantization method.
+_LISTS = ("ignore", "modules_to_not_convert", "ignored_layers")
+_BLOCK = re.compile(r"(?<=\blayers\.)\d+(?=\.|$)")
+
+
+def describe_stored_quantization(config: dict[str, Any], model: nn.Module, opened: OpenedCheckpoint) -> None:
+    """Bring a config's ``quantization_config`` up to date, in place; remove it where weights are written decoded.
+
+    :param config: fields of config.json as they were stored
+    """
+    if opened.quantization is None:
+        return
+    holders = [holder for holder in (config, config.get("text_config") or {}) if _FIELD in holder]
+    for holder in holders:
+        if opened.requantize:
+            del holder[_FIELD]
+            continue
+        fields = holder[_FIELD]
+        moves = _moves(model, opened)
+        blocks = dict.fromkeys(range(opened.num_blocks)) | block_numbers(model, opened)
+        for name in _LISTS:
+            if fields.get(name):
+                fields[name] = _moved(fields[name], moves, blocks)
+        for group in (fields.get("config_groups") or {}).values():
+            group["targets"] = _moved(group["targets"], moves, blocks)
+
+
+def _moves(model: nn.Module, opened: OpenedCheckpoint) -> dict[str, str | None]:
+    """Stored name of a module -> its name now, None if it is gone."""
+    moves: dict[str, str | None] = {
+        name.rpartition(".")[0]: None for name in opened.logical if name not in opened.unused
+    }
+    for path, module in model.named_modules():
+        origin = opened_module(module)
+        for source in origin.sources.values() if origin else ():
+            for leaf in source.leaves():
+                stored = leaf.name.rpartition(".")[0]
+                moves[stored] = moved_name(stored, origin.path, path)
+    return moves
+
+
+def _moved(
+    entries: list[str], moves: Mapping[str, str | None], blocks: Mapping[int, int | None]
+) -> list[str]:
+    found: list[str] = []
+    for entry in entries:
+        if entry.startswith("re:"):
+            found += _moved_pattern(entry, moves)
+        elif entry in moves:
+            found += [moves[entry]] if moves[entry] is not None else []
+        else:
+            place = _BLOCK.search(entry)
+            block = blocks.get(int(place[0]), place[0]) if place else None
+            if place is None:
+                found.append(entry)
+            elif block is not None:
+                found.append(f"{entry[: place.start()]}{block}{entry[place.end() :]}")
+    return list(dict.fromkeys(found))
+
+
+def _moved_pattern(entry: str, moves: Mapping[str, str | None]) -> list[str]:
+    """A pattern that matches the modules that this one matched; itself where it still does."""
+    before = {moves[name] for name in moves if match_name(name, entry)} - {None}
+    after = {name for name in moves.values() if name is not None and match_name(name, entry)}
+    if before == after:
+        return [entry]
+    everything = [name for name in moves.values() if name is not None]
+    return patterns_for(sorted(before), everything)

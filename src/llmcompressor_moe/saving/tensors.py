@@ -1,0 +1,323 @@
+"""What a model that was opened from a checkpoint is written as: every stored tensor that the recipe did not change
+bit for bit, cut ones as slices, changed ones by their new values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from compressed_tensors.offload import align_module_device
+from compressed_tensors.offload.cache import OffloadCache
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from torch import nn
+
+from llmcompressor_moe.checkpoint.cache import source_of
+from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, OpenedModule, opened_module
+from llmcompressor_moe.checkpoint.sources import Leaf, Source, Taken
+from llmcompressor_moe.checkpoint.stored import TORCH_DTYPES, StoredTensors
+from llmcompressor_moe.saving.shards import FileRange, OutputTensor
+
+__all__ = ["copied", "moved_name", "output_tensors"]
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def moved_name(stored: str, old: str, new: str) -> str:
+    """A stored name after the parameter that it feeds has got another path.
+
+    :param stored: ``model.layers.5.block_sparse_moe.experts.3.w1.weight``, say
+    :param old: the parameter's path when the model was opened: ``model.layers.5.mlp.experts.3.gate_proj.weight``
+    :param new: its path now: ``model.layers.4.mlp.experts.2.gate_proj.weight``
+    :return: ``model.layers.4.block_sparse_moe.experts.2.w1.weight``
+    """
+    pairs = list(zip(_NUMBER.findall(old), _NUMBER.findall(new), strict=True))
+    position = 0
+
+    def number(match: re.Match[str]) -> str:
+        nonlocal position
+        for ahead in range(position, len(pairs)):
+            if pairs[ahead][0] == match[0]:
+                position = ahead + 1
+                return pairs[ahead][1]
+        return match[0]
+
+    return _NUMBER.sub(number, stored)
+
+
+@dataclass
+class _Fused:
+    """A stored tensor that holds all experts of a layer, and what is left of it.
+
+    :param experts: stored index -> the parameters that are made of it: (source, new value or None if unchanged)
+    """
+
+    leaf: Leaf
+    old: str
+    now: str
+    experts: dict[int, list[tuple[Source, _Value | None]]] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return any(value is not None for parts in self.experts.values() for _, value in parts)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor of a module, read when it is written."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def meta(self) -> torch.Tensor:
+        tensors = self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        return (
+            tensors.offloaded_values[self.name] if isinstance(tensors, OffloadCache) else tensors[self.name]
+        )
+
+    def read(self) -> torch.Tensor:
+        with align_module_device(self.module):
+            return getattr(self.module, self.name).detach()
+
+
+def output_tensors(model: nn.Module, opened: OpenedCheckpoint) -> list[OutputTensor]:
+    """All tensors of a model that was opened from ``opened``, under the names that its files use, in their order.
+
+    Tensors that belong to no parameter are not among them.
+
+    :raises ValueError: a changed tensor cannot be put back into the form that it is stored in
+    """
+    plan = _Plan(opened)
+    for path, module in model.named_modules():
+        plan.add(path, module)
+    return plan.tensors()
+
+
+class _Plan:
+    def __init__(self, opened: OpenedCheckpoint) -> None:
+        self._opened = opened
+        self._stored = opened.stored
+        self._order = {name: place for place, name in enumerate(_file_order(opened.stored))}
+        self._found: dict[str, tuple[int, OutputTensor]] = {}
+        self._fused: dict[str, _Fused] = {}
+        self._split: set[nn.Module] = set()
+
+    def add(self, path: str, module: nn.Module) -> None:
+        """Plan one module's own tensors."""
+        if isinstance(module, LinearExperts2D) and any(map(_is_quantized, module.modules())):
+            # Readers look for compressed experts one by one.
+            self._split.update(module.modules())
+        origin = opened_module(module)
+        for name, value in _tensors(module):
+            now = f"{path}.{name}" if path else name
+            source = source_of(module, name)
+            if origin is None:
+                self._add_value(now, value, now)
+            elif source is not None and not (module in self._split and _expert(source)):
+                self._add_source(source, origin.path_of(name), now)
+            else:
+                self._add_changed(module, origin, name, value, now)
+
+    def tensors(self) -> list[OutputTensor]:
+        """Everything that was planned, in the order of the files."""
+        for fused in self._fused.values():
+            self._add_fused(fused)
+        return [
+            tensor for _, tensor in sorted(self._found.values(), key=lambda item: (item[0], item[1].name))
+        ]
+
+    def _put(self, tensor: OutputTensor, origin: str | None) -> None:
+        place = self._order.get(origin, len(self._order)) if origin else len(self._order)
+        self._found.setdefault(tensor.name, (place, tensor))
+
+    def _add_source(self, source: Source, old: str, now: str) -> None:
+        """A parameter that did not change, whole or cut."""
+        if isinstance(source, Taken):
+            self._add_taken(source, old, now)
+            return
+        for leaf in source.leaves():
+            if leaf.expert is not None:
+                self._experts_of(leaf, source, old, now, None)
+            elif leaf.encoded is not None and self._opened.requantize:
+                self._put(_decoded(leaf, moved_name(leaf.name, old, now)), leaf.parts[0])
+            else:
+                for part in leaf.parts:
+                    self._put(copied(self._stored, part, moved_name(part, old, now)), part)
+
+    def _add_taken(self, source: Taken, old: str, now: str) -> None:
+        (leaf,) = source.leaves()
+        name = moved_name(leaf.name, old, now)
+        if leaf.encoded is None and leaf is source.base:
+            self._put(_rows(self._stored, leaf.name, name, source.axis, source.kept), leaf.name)
+        else:
+            self._put(_computed(name, source.meta, source.read), leaf.parts[0])
+
+    def _add_changed(
+        self, module: nn.Module, origin: OpenedModule, name: str, value: _Value, now: str
+    ) -> None:
+        source = origin.sources.get(name)
+        old = origin.path_of(name)
+        if source is None or _is_quantized(module) or module in self._split:
+            stored, place = self._name_for(module, origin, name, now)
+            self._add_value(stored, value, place)
+            return
+        leaves = list(source.leaves())
+        if leaves[0].encoded is not None and not self._opened.requantize:
+            raise ValueError(
+                f"{now} is stored quantized and was changed; open the checkpoint with requantize=True, or leave "
+                "out the modifier that changes it."
+            )
+        if len(leaves) == 1 and leaves[0] is source and leaves[0].expert is None:
+            # Values may be cut as well: the tensor has the shape that it has now.
+            self._add_value(moved_name(source.name, old, now), value, source.parts[0], source.dtype)
+        elif all(leaf.expert is not None for leaf in leaves):
+            for leaf in leaves:
+                self._experts_of(leaf, source, old, now, value)
+        else:
+            for leaf in leaves:
+                self._add_assembled(leaf, source, value, moved_name(leaf.name, old, now))
+
+    def _add_value(
+        self, name: str, value: _Value, place: str | None, dtype: torch.dtype | None = None
+    ) -> None:
+        meta = value.meta if dtype is None else value.meta.to("meta", dtype)
+        self._put(_computed(name, meta, lambda: value.read().to(meta.dtype)), place)
+
+    def _add_assembled(self, leaf: Leaf, source: Source, value: _Value, name: str) -> None:
+        """A stored tensor that several parameters are made of, of which this one changed."""
+        present = self._found.pop(name, None)
+        earlier = present[1].pieces if present else lambda: [leaf.read()]
+
+        def pieces() -> Iterator[torch.Tensor]:
+            (whole,) = earlier()
+            if isinstance(whole, FileRange):
+                whole = leaf.read()
+            buffer = whole.clone()
+            buffers = {
+                other.name: buffer if other.name == leaf.name else other.read().clone()
+                for other in source.leaves()
+            }
+            source.write(value.read(), buffers)
+            yield buffer
+
+        self._put(
+            OutputTensor(name, _NAMES[leaf.dtype], tuple(leaf.shape), leaf.meta.nbytes, pieces), leaf.parts[0]
+        )
+
+    def _experts_of(self, leaf: Leaf, source: Source, old: str, now: str, value: _Value | None) -> None:
+        fused = self._fused.setdefault(leaf.name, _Fused(leaf, old, now))
+        fused.experts.setdefault(leaf.expert, []).append((source, value))
+
+    def _add_fused(self, fused: _Fused) -> None:
+        leaf, kept = fused.leaf, list(fused.experts)
+        if not fused.changed and not (self._opened.requantize and leaf.encoded is not None):
+            for part in leaf.parts:
+                self._put(_rows(self._stored, part, moved_name(part, fused.old, fused.now), 0, kept), part)
+            return
+        shape = (len(kept), *leaf.shape)
+
+        def pieces() -> Iterator[torch.Tensor]:
+            for expert, parts in fused.experts.items():
+                one = Leaf(self._stored, leaf.name, leaf.dtype, leaf.encoded, expert)
+                buffer = one.read().clone()
+                for source, value in parts:
+                    if value is not None:
+                        source.write(value.read(), {leaf.name: buffer})
+                yield buffer
+
+        nbytes = math.prod(shape) * leaf.dtype.itemsize
+        name = moved_name(leaf.name, fused.old, fused.now)
+        self._put(OutputTensor(name, _NAMES[leaf.dtype], shape, nbytes, pieces), leaf.parts[0])
+
+    def _name_for(
+        self, module: nn.Module, origin: OpenedModule, name: str, now: str
+    ) -> tuple[str, str | None]:
+        """Stored name and place for a tensor that a modifier gave to a module, or that is no longer fused."""
+        path = now.rpartition(".")[0]
+        for known, source in origin.sources.items():
+            leaf = next(source.leaves())
+            old = origin.path_of(known)
+            if leaf.expert is None:
+                prefix = leaf.name.removesuffix(f".{known}")
+                if prefix != leaf.name:
+                    # The module's name in the files, whatever the family calls it there.
+                    return f"{moved_name(prefix, old.removesuffix(f'.{known}'), path)}.{name}", leaf.parts[0]
+            else:
+                holder = moved_name(leaf.name, old, now).rpartition(".")[0]
+                expert, projection = path.split(".")[-2:]
+                return f"{holder}.{expert}.{projection}.{name}", leaf.parts[0]
+        known = self._opened.stored_modules.get(origin.path, origin.path)
+        return f"{moved_name(known, origin.path, path)}.{name}", None
+
+
+def _file_order(stored: StoredTensors) -> Iterable[str]:
+    return sorted(stored.tensors, key=lambda name: (stored.tensors[name].file, stored.tensors[name].start))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, _Value]]:
+    """A module's own parameters and persistent buffers."""
+    for name in [*module._parameters, *module._buffers]:
+        if name in module._non_persistent_buffers_set:
+            continue
+        tensors = module._parameters if name in module._parameters else module._buffers
+        present = tensors.offloaded_values if isinstance(tensors, OffloadCache) else tensors
+        if present[name] is not None:
+            yield name, _Value(module, name)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return getattr(module, "quantization_scheme", None) is not None
+
+
+def _expert(source: Source) -> bool:
+    return any(leaf.expert is not None for leaf in source.leaves())
+
+
+def copied(stored: StoredTensors, stored_name: str, name: str) -> OutputTensor:
+    """A stored tensor under a name, bit for bit."""
+    info = stored.tensors[stored_name]
+    return OutputTensor(
+        name,
+        info.dtype,
+        info.shape,
+        info.nbytes,
+        lambda: [FileRange(stored.file(stored_name), info.start, info.nbytes)],
+    )
+
+
+def _rows(stored: StoredTensors, stored_name: str, name: str, axis: int, kept: Sequence[int]) -> OutputTensor:
+    """Some entries of one axis of a stored tensor."""
+    info = stored.tensors[stored_name]
+    shape = (*info.shape[:axis], len(kept), *info.shape[axis + 1 :])
+    row = info.nbytes // math.prod(info.shape[: axis + 1])
+
+    def pieces() -> Iterator[FileRange]:
+        path = stored.file(stored_name)
+        for outer in range(math.prod(info.shape[:axis])):
+            begin = info.start + outer * row * info.shape[axis]
+            for first, count in _runs(kept):
+                yield FileRange(path, begin + first * row, count * row)
+
+    return OutputTensor(name, info.dtype, shape, math.prod(shape[: axis + 1]) * row, pieces)
+
+
+def _runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, length) of the runs of consecutive indices."""
+    start = 0
+    for position in range(1, len(kept) + 1):
+        if position == len(kept) or kept[position] != kept[position - 1] + 1:
+            yield kept[start], position - start
+            start = position
+
+
+def _decoded(leaf: Leaf, name: str) -> OutputTensor:
+    return _computed(name, leaf.meta, leaf.read)
+
+
+def _computed(name: str, meta: torch.Tensor, read: Callable[[], torch.Tensor]) -> OutputTensor:
+    return OutputTensor(name, _NAMES[meta.dtype], tuple(meta.shape), meta.nbytes, lambda: [read()])
