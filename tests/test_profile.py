@@ -22,10 +22,10 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.compressed_tensors import is_offloaded
 from llmcompressor_moe.plan import ExpertRoom, experts_to_drop, parts_to_drop
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile, divergence_without
 from llmcompressor_moe.profile.experts import routed_forward
-from llmcompressor_moe.profile.forward import is_offloaded
 from llmcompressor_moe.topology import find_topology
 
 EVERYTHING = set(Statistic)

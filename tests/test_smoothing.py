@@ -26,16 +26,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
-from llmcompressor_moe.modifiers.composition import join_recipe
-from llmcompressor_moe.topology import find_topology
-from llmcompressor_moe.upstream.limits import wrong_mappings
-from llmcompressor_moe.upstream.mappings import (
+from llmcompressor_moe.compat.llmcompressor.mappings import (
     awq_mappings,
     smoothquant_mappings,
     upstream_awq_mappings,
     upstream_smoothquant_mappings,
 )
-from llmcompressor_moe.upstream.pinning import pin_only_with_an_accelerator
+from llmcompressor_moe.compat.llmcompressor.pinning import pin_only_with_an_accelerator
+from llmcompressor_moe.compat.llmcompressor.wrong_mappings import wrong_mappings
+from llmcompressor_moe.modifiers.composition import join_recipe
+from llmcompressor_moe.topology import find_topology
 
 RIGHT = (
     "mixtral",

@@ -6,7 +6,7 @@ Importing this package registers its modifiers, so that YAML recipes can name th
 from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
-from llmcompressor_moe.linearize import register_linearizations
+from llmcompressor_moe.compat.llmcompressor.linear_experts import register_linearizations
 from llmcompressor_moe.modifiers import (
     BlockDropModifier,
     ExpertDropModifier,

@@ -10,6 +10,8 @@ from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
+from llmcompressor_moe.compat.llmcompressor.recipes import known_modifiers, load_modifiers
+
 __all__ = ["RecipeError", "read_recipe"]
 
 _SHAPE = "write `default_stage: default_modifiers: NameOfModifier: {field: value}`"
@@ -26,8 +28,7 @@ def read_recipe(path: str | Path) -> Recipe:
         wrong; names the modifier, the field, the value and the way out
     """
     path = Path(path)
-    if not ModifierFactory._loaded:
-        ModifierFactory.refresh()
+    load_modifiers()
     found = _modifiers(path, _load(path))
     for name, fields in found:
         try:
@@ -35,10 +36,10 @@ def read_recipe(path: str | Path) -> Recipe:
         except ValidationError as error:
             raise RecipeError(f"recipe {str(path)!r}: {name}: {_first(error)}") from error
         except ValueError as error:
-            if name in _known():
+            if name in known_modifiers():
                 raise RecipeError(f"recipe {str(path)!r}: {name}: {error}") from error
             raise RecipeError(
-                f"recipe {str(path)!r}: there is no modifier {name!r}; there are {', '.join(_known())}."
+                f"recipe {str(path)!r}: there is no modifier {name!r}; there are {', '.join(known_modifiers())}."
             ) from error
     return Recipe.create_instance(str(path))
 
@@ -79,11 +80,6 @@ def _modifiers(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str,
     if not found:
         raise RecipeError(f"recipe {str(path)!r} names no modifier: {_SHAPE}.")
     return found
-
-
-def _known() -> list[str]:
-    registries = (ModifierFactory._main_registry, ModifierFactory._registered_registry)
-    return sorted({name for registry in registries for name in registry})
 
 
 def _first(error: ValidationError) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.layout import read_json
+from llmcompressor_moe.compat.transformers.per_layer import general_value
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
 CONFIG_NAME = "config.json"
@@ -51,7 +52,7 @@ class ReadConfig:
 
     def value(self, name: str, default: Any = None) -> Any:
         """The global value of an attribute, whether or not layers override it."""
-        return self.text._getattr_without_heterogeneous_validation(name, default)
+        return general_value(self.text, name, default)
 
 
 def read_raw_config(path: Path, findings: Findings) -> dict[str, Any] | None:

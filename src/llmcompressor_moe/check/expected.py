@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.naming import Naming, find_naming, saved_state
+from llmcompressor_moe.compat.transformers.building import build, class_for
 from llmcompressor_moe.topology import MoELayer, NotAnMoEError, Topology, find_topology
 
 # Names under which llm-compressor linearizes experts, whatever the family calls them.
@@ -93,9 +94,9 @@ def model_class(config: ReadConfig) -> type[PreTrainedModel] | None:
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        found = auto._model_mapping.get(type(config.parsed), None)
+        found = class_for(auto, type(config.parsed))
         if found is not None:
-            return found[0] if isinstance(found, tuple) else found
+            return found
     return None
 
 
@@ -116,7 +117,7 @@ def build_meta(config: ReadConfig, cls: type[PreTrainedModel]) -> PreTrainedMode
 
             stack.enter_context(load_trimmed_moe())
         stack.enter_context(torch.device("meta"))
-        model = cls._from_config(config.parsed)
+        model = build(cls, config.parsed)
     model.tie_weights()
     return model
 

@@ -1,10 +1,9 @@
 """The names that a checkpoint gives to what a transformers model calls otherwise, and back."""
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
-from transformers import PreTrainedModel, conversion_mapping
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -15,6 +14,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from llmcompressor_moe.compat.transformers.conversions import own_mappings, save_by
 
 
 class Naming:
@@ -49,8 +50,7 @@ class Naming:
 
     def revert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Native names and shapes of runtime tensors, by the reversal that `save_pretrained` uses."""
-        # the attribute that from_pretrained leaves behind, and save_pretrained looks for
-        self.model._weight_conversions = self.conversions
+        save_by(self.model, self.conversions)
         return revert_weight_conversion(self.model, state)
 
 
@@ -60,7 +60,7 @@ def find_naming(model: PreTrainedModel, stored: Collection[str]) -> Naming:
     There are two where a model may be saved with or without a prefix: a text model that was loaded from an
     image-text checkpoint keeps that checkpoint's prefix.
     """
-    with _own_mappings():
+    with own_mappings():
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     # save_pretrained leaves prefixes off a model that was not loaded
     usual = [c for c in conversions if not isinstance(c, PrefixChange)]
@@ -71,22 +71,6 @@ def find_naming(model: PreTrainedModel, stored: Collection[str]) -> Naming:
         return namings[0]
     state, _ = saved_state(model)
     return max(namings, key=lambda naming: sum(name in stored for name in naming.revert(state)))
-
-
-@contextlib.contextmanager
-def _own_mappings() -> Iterator[None]:
-    """The architectures' own conversion mappings, whoever has overwritten them in this process.
-
-    llm-compressor's load_quantizable_moe() registers its own for good.
-    """
-    current = conversion_mapping._checkpoint_conversion_mapping_cache
-    conversion_mapping._checkpoint_conversion_mapping_cache = (
-        current or {}
-    ) | conversion_mapping._build_checkpoint_conversion_mapping()
-    try:
-        yield
-    finally:
-        conversion_mapping._checkpoint_conversion_mapping_cache = current
 
 
 def saved_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], set[str]]:

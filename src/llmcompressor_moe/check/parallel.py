@@ -8,6 +8,7 @@ from llmcompressor_moe.check.demand import Demand
 from llmcompressor_moe.check.expected import ExpectedModel, LinearSite
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.check.schemes import Schemes
+from llmcompressor_moe.compat.transformers.per_layer import general_value
 
 # vLLM pads the vocabulary to a multiple of this.
 _VOCAB_PADDING = 64
@@ -59,7 +60,7 @@ def _check_heads(config: ReadConfig, ranks: int, findings: Findings) -> None:
     for index in range(config.num_layers):
         layer = config.layer(index)
         for name in ("num_attention_heads", "num_key_value_heads"):
-            value = layer._getattr_without_heterogeneous_validation(name, None)
+            value = general_value(layer, name)
             if isinstance(value, int) and value > 0:
                 heads.setdefault((name, value), []).append(index)
     for (name, value), layers in heads.items():

@@ -4,6 +4,7 @@ from typing import Any
 
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.report import Findings
+from llmcompressor_moe.compat.transformers.per_layer import has_general_value
 from llmcompressor_moe.topology import expert_count_attributes
 
 FIELD = "per_layer_config"
@@ -92,7 +93,7 @@ def check_meaning(config: ReadConfig, findings: Findings) -> bool:
                     f"this architecture's config calls it {aliases[name]}; readers of a layer miss the alias",
                     f"write {aliases[name]}",
                 )
-            elif not config.text._hasattr_without_heterogeneous_validation(name):
+            elif not has_general_value(config.text, name):
                 findings.error(
                     "per-layer-attribute",
                     f"{subject}.{name}",

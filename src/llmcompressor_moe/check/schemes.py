@@ -87,10 +87,8 @@ class Schemes:
         if scheme.format is not None:
             return CompressionFormat(scheme.format)
         stated = self.config.format
-        if (
-            stated in CompressionFormat._value2member_map_
-            and stated != CompressionFormat.mixed_precision.value
-        ):
+        known = {form.value for form in CompressionFormat} - {CompressionFormat.mixed_precision.value}
+        if stated in known:
             return CompressionFormat(stated)
         return infer_module_format(torch.nn.Linear, scheme)
 

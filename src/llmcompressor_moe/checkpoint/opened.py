@@ -26,10 +26,10 @@ from llmcompressor_moe.checkpoint.cache import forget, read_from
 from llmcompressor_moe.checkpoint.encodings import logical_tensors, refuse_unreadable
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, whole_layout
 from llmcompressor_moe.checkpoint.mapping import model_sources
-from llmcompressor_moe.checkpoint.quantized import linear_experts
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.checkpoint.sources import Leaf, Source, recorded_copies
 from llmcompressor_moe.checkpoint.stored import StoredTensors
+from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
 from llmcompressor_moe.topology import expert_modules, find_topology, text_config
 
 __all__ = ["OpenedCheckpoint", "OpenedModule", "open_model", "opened_from", "opened_module"]
@@ -264,7 +264,7 @@ def _linearize(model: PreTrainedModel, sources: dict[str, Source]) -> dict[str, 
                 del experts._parameters[name]
                 experts.__dict__[name] = source
         with torch.device("meta"), recorded_copies() as copies:
-            linear = linear_experts(experts, getattr(experts, "config", text_config(model.config)))
+            linear = linearize_without_weights(experts, getattr(experts, "config", text_config(model.config)))
         names = {id(tensor): name for name, tensor in linear.named_parameters()}
         found |= {f"{path}.{names[id(tensor)]}": source for tensor, source in copies}
         linear.train(model.training)

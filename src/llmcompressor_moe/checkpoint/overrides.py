@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
-from transformers.integrations.heterogeneity.configuration_utils import (
-    HeterogeneousConfigMixin,
-    _PerLayerConfigView,
-)
 
+from llmcompressor_moe.compat.transformers.per_layer import layer_overrides, tolerant_lookups
 from llmcompressor_moe.topology import expert_count_attributes
 
 __all__ = ["SKIPPABLE", "MoEOverride", "moe_overrides", "tolerant_configs"]
@@ -42,11 +37,12 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
     :raises ValueError: a part other than the MoE is to be skipped, or a count of experts is no whole number
         above 0
     """
-    if not config.is_heterogeneous:
+    overrides = layer_overrides(config)
+    if not overrides:
         return {}
     attributes = expert_count_attributes(config)
     found = {}
-    for index, values in config._heterogeneity_spec.per_layer_overrides.items():
+    for index, values in overrides.items():
         skip = values.get("skip", [])
         unknown = sorted(set(skip) - {SKIPPABLE})
         if unknown:
@@ -66,38 +62,20 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
     return found
 
 
-@contextlib.contextmanager
-def tolerant_configs() -> Iterator[None]:
-    """Context in which config classes, and the models built from them, take configs whose MoE layers differ.
-
-    Some config classes check the number of experts before anybody could give permission to read it, and Gemma
-    4 looks up the config of a kind of attention layers, which must not differ in anything for that.
-    """
-    permission = HeterogeneousConfigMixin.allow_global_per_layer_attribute_access
-    lookup = _PerLayerConfigView.__getitem__
-    HeterogeneousConfigMixin.allow_global_per_layer_attribute_access = property(
-        lambda _: True, permission.fset
-    )
-    _PerLayerConfigView.__getitem__ = functools.wraps(lookup)(
-        lambda view, key: lookup(_without_moe_overrides(view) if isinstance(key, str) else view, key)
-    )
-    try:
-        yield
-    finally:
-        HeterogeneousConfigMixin.allow_global_per_layer_attribute_access = permission
-        _PerLayerConfigView.__getitem__ = lookup
+def tolerant_configs() -> contextlib.AbstractContextManager[None]:
+    """Context in which config classes, and the models built from them, take configs whose MoE layers differ."""
+    return tolerant_lookups(_without_moe_overrides)
 
 
-def _without_moe_overrides(view: _PerLayerConfigView) -> _PerLayerConfigView:
-    """The same view of a copy of the config in which all MoE layers are alike."""
-    overrides = moe_overrides(view._config)
+def _without_moe_overrides(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config in which all MoE layers are alike, or the config itself where they are."""
+    overrides = moe_overrides(config)
     if not overrides:
-        return view
-    plain = copy.copy(view._config)
+        return config
+    plain = copy.copy(config)
     counts = {name for override in overrides.values() for name in override.counts}
-    layers = view._config._heterogeneity_spec.per_layer_overrides
     plain.per_layer_config = {
         index: {name: value for name, value in values.items() if name not in {*counts, "skip"}}
-        for index, values in layers.items()
+        for index, values in layer_overrides(config).items()
     }
-    return _PerLayerConfigView(plain)
+    return plain

@@ -9,66 +9,41 @@ read, so every Linear finds its tensors and its own scheme, whatever the family,
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-import sys
-from collections.abc import Iterator
-from typing import Any
 
-from compressed_tensors.utils import patch_attr
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from compressed_tensors.quantization import QuantizationConfig
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe.checkpoint.names import expert_names
+from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
+from llmcompressor_moe.compat.transformers.conversions import source_patterns
+from llmcompressor_moe.compat.transformers.quantizer import needs_no_initialization, prepared_before_weights
 from llmcompressor_moe.topology import text_config
 
-__all__ = ["compressed_experts_as_linears", "linear_experts"]
+__all__ = ["compressed_experts_as_linears"]
 
 _EXPERT_TENSOR = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.(\d+)\.([^.]+)\.([^.]+)$")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-@contextlib.contextmanager
-def compressed_experts_as_linears() -> Iterator[None]:
+def compressed_experts_as_linears() -> contextlib.AbstractContextManager[None]:
     """Context in which transformers' compressed-tensors quantizer builds linearized experts."""
-    prepare = CompressedTensorsHfQuantizer._process_model_before_weight_loading
-    convert = CompressedTensorsHfQuantizer.update_weight_conversions
+    return prepared_before_weights(_prepare, is_obsolete=_stacks_experts)
 
-    @functools.wraps(prepare)
-    def prepare_linears(self: CompressedTensorsHfQuantizer, model: PreTrainedModel, **kwargs: Any) -> None:
-        names = _checkpoint_names(model)
-        stored = _stored_experts(kwargs.get("checkpoint_files") or [], names)
-        linearized = _linearize(model, {layer for layer, *_ in stored})
-        self._expert_renamings = _renamings(names) if linearized else None
-        # The config may name modules as the checkpoint does, not as transformers does; tensors do not lie.
-        quantization = self.compressor.quantization_config
-        quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
-        prepare(self, model, **kwargs)
 
-    @functools.wraps(convert)
-    def convert_linears(
-        self: CompressedTensorsHfQuantizer, conversions: list[WeightTransform]
-    ) -> list[WeightTransform]:
-        if self._expert_renamings is None:
-            return convert(self, conversions)
-        kept = [conversion for conversion in conversions if not _stacks_experts(conversion)]
-        return convert(self, kept) + self._expert_renamings
-
-    CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare_linears
-    CompressedTensorsHfQuantizer.update_weight_conversions = convert_linears
-    # Inherited; it splits Llama 4's experts by the config's one count for all layers.
-    CompressedTensorsHfQuantizer._convert_model_for_quantization = lambda self, model: None
-    try:
-        yield
-    finally:
-        del CompressedTensorsHfQuantizer._convert_model_for_quantization
-        CompressedTensorsHfQuantizer._process_model_before_weight_loading = prepare
-        CompressedTensorsHfQuantizer.update_weight_conversions = convert
+def _prepare(
+    model: PreTrainedModel, quantization: QuantizationConfig, files: list[str]
+) -> list[WeightTransform] | None:
+    names = _checkpoint_names(model)
+    stored = _stored_experts(files, names)
+    linearized = _linearize(model, {layer for layer, *_ in stored})
+    # The config may name modules as the checkpoint does, not as transformers does; tensors do not lie.
+    quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
+    return _renamings(names) if linearized else None
 
 
 def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
@@ -102,8 +77,8 @@ def _linearize(model: PreTrainedModel, layers: set[int]) -> dict[int, str]:
             continue
         # Experts know the config of their own layer, which counts them.
         config = getattr(experts, "config", text_config(model.config))
-        model.set_submodule(path, linear_experts(experts, config))
-        _needs_no_initialization(model.get_submodule(path.rpartition(".")[0]))
+        model.set_submodule(path, linearize_without_weights(experts, config))
+        _spare_initialization(model.get_submodule(path.rpartition(".")[0]))
         linearized[int(match[1])] = path
     return linearized
 
@@ -117,27 +92,15 @@ def _plain_linears(experts: dict[int, str], stored: dict[tuple[int, int, str], s
     ]
 
 
-def _needs_no_initialization(moe: nn.Module) -> None:
+def _spare_initialization(moe: nn.Module) -> None:
     """Keep transformers from initializing fused experts that are gone; some families do from the MoE layer."""
     if not [*moe.parameters(recurse=False), *moe.buffers(recurse=False)]:
-        moe._is_hf_initialized = True
-
-
-def linear_experts(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
-    """Linearize experts that are not loaded yet, on the device (meta) that is in force."""
-    linear_cls = LinearExperts2D.get_linear_experts_cls(type(experts))
-    with contextlib.ExitStack() as patches:
-        for module in {sys.modules[cls.__module__] for cls in linear_cls.__mro__}:
-            if hasattr(module, "offload_module"):
-                # There is nothing to offload before weights are loaded, and upstream cannot for the meta
-                # device.
-                patches.enter_context(patch_attr(module, "offload_module", lambda module, **_: None))
-        return linear_cls.from_experts_module(experts, config)
+        needs_no_initialization(moe)
 
 
 def _stacks_experts(conversion: WeightTransform) -> bool:
     return isinstance(conversion, WeightConverter) and any(
-        re.search(r"experts\.\*\.", source) for source in conversion._original_source_patterns
+        re.search(r"experts\.\*\.", source) for source in source_patterns(conversion)
     )
 
 

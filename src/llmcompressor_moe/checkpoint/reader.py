@@ -8,7 +8,6 @@ layer becomes a `SkippedMoE`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from llmcompressor_moe.checkpoint.overrides import (
     tolerant_configs,
 )
 from llmcompressor_moe.checkpoint.quantized import compressed_experts_as_linears
-from llmcompressor_moe.surgery.global_access import allow_global_access
+from llmcompressor_moe.compat.transformers.building import blocks_built_by
+from llmcompressor_moe.compat.transformers.per_layer import allow_global_access
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import NotAnMoEError, find_topology
 
@@ -56,63 +56,28 @@ def load_trimmed_moe() -> Iterator[None]:
         if _open_contexts > 1:
             yield
             return
-        with contextlib.ExitStack() as patches:
-            builder = _Builder(patches)
-            patches.enter_context(tolerant_configs())
-            patches.enter_context(compressed_experts_as_linears())
-            _replace(patches, PreTrainedModel, "__init__", builder.before_model)
-            _replace(patches, PreTrainedModel, "post_init", builder.after_model)
+        with (
+            tolerant_configs(),
+            compressed_experts_as_linears(),
+            blocks_built_by(_blocks_to_change, _build_block, _check_built),
+        ):
             yield
     finally:
         _open_contexts -= 1
 
 
-def _replace(
-    patches: contextlib.ExitStack,
-    owner: type,
-    name: str,
-    make: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> None:
-    """Put ``make(what is there)`` in the place of a class's method until ``patches`` closes."""
-    inherited = name not in vars(owner)
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(make(original)))
-    patches.callback(lambda: delattr(owner, name) if inherited else setattr(owner, name, original))
+def _blocks_to_change(model_cls: type[PreTrainedModel], config: PreTrainedConfig) -> set[type[nn.Module]]:
+    """Classes of blocks that must be built from their own layer's config, which is permitted to be read."""
+    if not moe_overrides(config):
+        return set()
+    allow_global_access(config)
+    return _block_classes(model_cls)
 
 
-class _Builder:
-    """Builds the blocks of models whose layers differ.
-
-    :param patches: where the changes to block classes are undone
-    """
-
-    def __init__(self, patches: contextlib.ExitStack):
-        self._patches = patches
-        self._block_classes: set[type[nn.Module]] = set()
-
-    def before_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``PreTrainedModel.__init__``, which runs before a model builds its parts."""
-
-        def init(model: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-            if isinstance(config, PreTrainedConfig) and moe_overrides(config):
-                allow_global_access(config)
-                for block_cls in _block_classes(type(model)) - self._block_classes:
-                    self._block_classes.add(block_cls)
-                    _replace(self._patches, block_cls, "__init__", _build_block)
-            original(model, config, *args, **kwargs)
-
-        return init
-
-    def after_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``PreTrainedModel.post_init``, which runs when all parts stand."""
-
-        def post_init(model: PreTrainedModel) -> None:
-            overrides = moe_overrides(model.config)
-            if overrides:
-                _check_model(model, overrides)
-            original(model)
-
-        return post_init
+def _check_built(model: PreTrainedModel) -> None:
+    overrides = moe_overrides(model.config)
+    if overrides:
+        _check_model(model, overrides)
 
 
 def _block_classes(model_cls: type[PreTrainedModel]) -> set[type[nn.Module]]:

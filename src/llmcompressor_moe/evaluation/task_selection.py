@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmcompressor_moe.compat.lm_eval import yaml_loader
+
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
@@ -156,7 +158,8 @@ class _Library:
 def _library() -> _Library:
     try:
         from lm_eval.tasks import TaskManager
-        from lm_eval.tasks._yaml_loader import load_yaml
+
+        load_yaml = yaml_loader()
     except ImportError as error:
         raise ValueError(f"tasks need lm-eval, which is not installed ({error}); {INSTALL}") from error
     return _Library(TaskManager, load_yaml)

@@ -12,16 +12,16 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from loguru import logger
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.topology import text_config
-from llmcompressor_moe.upstream.autoround import tune_with_hooks_off
-from llmcompressor_moe.upstream.limits import wrong_mappings
-from llmcompressor_moe.upstream.mappings import (
+from llmcompressor_moe.compat.llmcompressor.autoround import tune_with_hooks_off
+from llmcompressor_moe.compat.llmcompressor.mappings import (
     awq_mappings,
     smoothquant_mappings,
     upstream_awq_mappings,
     upstream_smoothquant_mappings,
 )
-from llmcompressor_moe.upstream.pinning import pin_only_with_an_accelerator
+from llmcompressor_moe.compat.llmcompressor.pinning import pin_only_with_an_accelerator
+from llmcompressor_moe.compat.llmcompressor.wrong_mappings import wrong_mappings
+from llmcompressor_moe.topology import text_config
 
 __all__ = ["check_recipe", "join_recipe"]
 

@@ -14,6 +14,9 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
+from llmcompressor_moe.compat.llmcompressor.mappings import awq_mappings
+from llmcompressor_moe.compat.llmcompressor.pinning import pin_only_with_an_accelerator
+from llmcompressor_moe.compat.llmcompressor.wrong_mappings import wrong_mappings
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before, recipe_modifiers
 from llmcompressor_moe.profile.splitting import split_held_out
 from llmcompressor_moe.quantization import algorithms, heldout, refusals
@@ -31,9 +34,6 @@ from llmcompressor_moe.quantization.schemes import (
 from llmcompressor_moe.quantization.sensitivity import sensitivity
 from llmcompressor_moe.report import PlanFileError
 from llmcompressor_moe.sizes import parse_bytes
-from llmcompressor_moe.upstream.limits import wrong_mappings
-from llmcompressor_moe.upstream.mappings import awq_mappings
-from llmcompressor_moe.upstream.pinning import pin_only_with_an_accelerator
 
 __all__ = ["RouterAwareQuantModifier"]
 

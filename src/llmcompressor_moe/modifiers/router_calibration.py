@@ -12,8 +12,8 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
+from llmcompressor_moe.compat.compressed_tensors import is_offloaded
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
-from llmcompressor_moe.profile.forward import is_offloaded
 from llmcompressor_moe.profile.splitting import split_held_out
 from llmcompressor_moe.recovery.router_calibration.calibrate import (
     CalibrationSettings,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
-from compressed_tensors.offload.cache.base import OffloadCache
 from compressed_tensors.quantization import QuantizationStatus, disable_quantization, enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -28,10 +27,11 @@ from torch import distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.compressed_tensors import is_offloaded
+
 __all__ = [
     "batch_mask",
     "forwards",
-    "is_offloaded",
     "quantized_as_calibrated",
     "run_batches",
     "run_once",
@@ -58,14 +58,6 @@ _TRACING_IGNORE = [
     "project_per_layer_inputs",
     "_apply_attn_res",
 ]
-
-
-def is_offloaded(model: torch.nn.Module) -> bool:
-    """Whether any module's weights live somewhere else than where they are used."""
-    caches = (module._parameters for module in model.modules())
-    return any(
-        isinstance(cache, OffloadCache) and cache.offload_device != cache.onload_device for cache in caches
-    )
 
 
 def batch_mask(batch: Batch) -> torch.Tensor | None:

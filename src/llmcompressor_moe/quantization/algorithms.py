@@ -19,6 +19,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 from torch import nn
 
+from llmcompressor_moe.compat.llmcompressor.calibration import forget_gptq, gptq_traces
 from llmcompressor_moe.profile.forward import sum_over_ranks
 
 __all__ = ["ALGORITHMS", "UpstreamQuantization", "needs_data"]
@@ -105,20 +106,13 @@ class UpstreamQuantization:
 
 
 def _take_out_starved(gptq: GPTQModifier) -> list[nn.Module]:
-    """Modules that GPTQ has seen no token of; it would set their weights to zero.
-
-    Its hooks run for them too, on nothing, and leave a Hessian of zeros.
-    """
-    seen = list(gptq._hessians)
-    if not seen:
+    """Modules that GPTQ has seen no token of; it would set their weights to zero."""
+    found = gptq_traces(gptq)
+    if not found:
         return []
-    traces = torch.stack(
-        [gptq._hessians[module].diagonal().sum(dtype=torch.float64).cpu() for module in seen]
-    )
-    traces = sum_over_ranks(traces).tolist()
-    starved = [module for module, trace in zip(seen, traces, strict=True) if trace == 0]
-    for module in starved:
-        del gptq._hessians[module], gptq._num_samples[module]
+    traces = sum_over_ranks(torch.stack(list(found.values()))).tolist()
+    starved = [module for module, trace in zip(found, traces, strict=True) if trace == 0]
+    forget_gptq(gptq, starved)
     return starved
 
 

@@ -4,26 +4,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llmcompressor.core.lifecycle as upstream
 import torch
-from compressed_tensors.utils import patch_attr
-from llmcompressor.core import session_functions
-from llmcompressor.core.events import Event, EventType
+from llmcompressor.core.events import EventType
 from llmcompressor.core.session import CompressionSession
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import ConstantPruningModifier
-from llmcompressor.modifiers.pruning.utils.pytorch import LayerParamMasking
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llmcompressor_moe.compat.llmcompressor.training import active, training_session
 from llmcompressor_moe.recipe_file import RecipeError, read_recipe
 
 __all__ = ["SCHEDULES", "SessionCallback", "constant_masks", "sparse_linears", "training_modifiers"]
@@ -124,7 +119,7 @@ class SessionCallback(TrainerCallback):
         """Finalize the session, as the end of a training does; for one that ended early. Does nothing twice."""
         session, self._session, self._in_batch = self._session, None, False
         if session is not None:
-            with _active(session):
+            with active(session):
                 session.finalize()
 
     def on_train_begin(
@@ -132,14 +127,13 @@ class SessionCallback(TrainerCallback):
     ) -> None:
         """Initialize the session with model and optimizer."""
         self.close()
-        lifecycle = _TrainingLifecycle()
+        steps_per_epoch = None
         if self._schedule == "epochs":
             batches = len(kwargs["train_dataloader"])
-            lifecycle.steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-        self._session = CompressionSession()
-        self._session._lifecycle = lifecycle
+            steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+        self._session = training_session(steps_per_epoch)
         self._step = state.global_step
-        with _active(self._session):
+        with active(self._session):
             self._session.initialize(
                 # Modifiers can be initialized once only, a trainer may train again.
                 recipe=copy.deepcopy(self._recipe),
@@ -186,42 +180,5 @@ class SessionCallback(TrainerCallback):
         self.close()
 
     def _event(self, kind: EventType, **kwargs: Any) -> None:
-        with _active(self._session):
+        with active(self._session):
             self._session.event(kind, global_step=self._step, **kwargs)
-
-
-class _TrainingLifecycle(upstream.CompressionLifecycle):
-    """Upstream's lifecycle with events that know the step.
-
-    Upstream builds events without it: every event would be at step 0, schedules would stand still, and ends would
-    never come.
-    """
-
-    steps_per_epoch: int | None = None
-
-    def event(self, event_type: EventType, global_step: int | None = 0, **kwargs: Any) -> list[Any]:
-        """See upstream."""
-        step = self.global_step if global_step is None else global_step
-        located = functools.partial(Event, global_step=step, steps_per_epoch=self.steps_per_epoch)
-        with patch_attr(upstream, "Event", located):
-            return super().event(event_type, global_step=step, **kwargs)
-
-    def finalize(self, **kwargs: Any) -> list[Any]:
-        """See upstream; a mask that modifiers share (a schedule, then a constant mask) is removed once only."""
-        removed: set[str] = set()
-        for modifier in self.recipe.modifiers:
-            if isinstance(modifier, LayerParamMasking) and modifier.parameterized_layers_ is not None:
-                layers = modifier.parameterized_layers_
-                modifier.parameterized_layers_ = {
-                    name: layers[name] for name in layers if name not in removed
-                }
-                removed |= set(layers)
-        return super().finalize(**kwargs)
-
-
-@contextlib.contextmanager
-def _active(session: CompressionSession) -> Iterator[None]:
-    """Make a session the one that modifiers find, for the length of the context."""
-    with session_functions.create_session():
-        session_functions._local_storage.session = session
-        yield

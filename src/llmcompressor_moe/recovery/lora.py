@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import peft.utils.transformers_weight_conversion as weight_conversion
-from compressed_tensors.utils import patch_attr
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.peft import adapt_exactly
 from llmcompressor_moe.parts import block_of
 from llmcompressor_moe.recovery.adapters import forget_topology, remember_topology, student_topology
 from llmcompressor_moe.recovery.fake_quantization import has_quantized_modules
@@ -86,10 +85,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         bias="none",
     )
     remember_topology(model)
-    # peft takes names of an expert's Linears for those of checkpoints before transformers 5 and adapts the fused
-    # experts of the whole model instead: also where a shared expert or a linearized one is meant.
-    with patch_attr(weight_conversion, "convert_peft_config_for_transformers", lambda *args, **kwargs: None):
-        return get_peft_model(model, config)
+    return adapt_exactly(model, config)
 
 
 def merge_lora(peft_model: PeftModel) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.files import write_text
+from llmcompressor_moe.compat.transformers.models import can_choose_experts
 from llmcompressor_moe.evaluation.recovered import RECOVERY_FILE
 from llmcompressor_moe.loading import load_decompressed
 from llmcompressor_moe.recovery.adapters import inner_model, student_topology
@@ -341,7 +342,7 @@ def _has_zeros(value: torch.Tensor) -> bool:
 def _fast_experts(model: nn.Module, device: torch.device) -> None:
     """On a CPU one matrix product per expert and projection is faster than transformers' grouped one."""
     inner = inner_model(model)
-    if device.type == "cpu" and inner._can_set_experts_implementation():
+    if device.type == "cpu" and can_choose_experts(inner):
         inner.set_experts_implementation("eager")
 
 

@@ -15,9 +15,10 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from llmcompressor_moe.checkpoint.files import write_text
+from llmcompressor_moe.compat.transformers.trainer import SteppedTrainer
 from llmcompressor_moe.evaluation.likelihood import mean_negative_log_likelihood
 from llmcompressor_moe.recovery.data import RecoveryRows, RowStream
 from llmcompressor_moe.recovery.lifecycle import SessionCallback
@@ -84,7 +85,7 @@ class _Meter:
         return dict(zip(names, means, strict=True))
 
 
-class RecoveryTrainer(Trainer):
+class RecoveryTrainer(SteppedTrainer):
     """Trains a student towards a teacher.
 
     Checkpoints hold what trains, the optimizer, schedule, random numbers and the log; a run that goes on from one
@@ -164,11 +165,10 @@ class RecoveryTrainer(Trainer):
             self._session.loss_calculated(loss)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+    def gradient_clipped(self, norm: Tensor) -> None:
+        """Refuse what is no number, and keep the norm for the log."""
         self._refuse_nonsense(norm)
         self._gradient_norm = norm
-        return norm
 
     def _refuse_nonsense(self, norm: Tensor) -> None:
         """Before the optimizer moves anything. All ranks agree, so that none waits for another one."""
@@ -205,7 +205,7 @@ class RecoveryTrainer(Trainer):
 
     def step_about_to_end(self) -> None:
         """The schedule moves on at once."""
-        self._learning_rate = self._get_learning_rate()
+        self._learning_rate = self.current_learning_rate
 
     def step_ended(self) -> None:
         """Log and measure where it is time to."""
@@ -235,11 +235,9 @@ class RecoveryTrainer(Trainer):
         with self.accelerator.autocast():
             return ranks_nll(self.student, self._rows.heldout, self._settings.batch_size)
 
-    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
-        prepared = super()._prepare_for_training(*arguments, **options)
-        # Modifiers look for modules by the names that the student knows them by.
+    def training_prepared(self) -> None:
+        """Modifiers look for modules by the names that the student knows them by."""
         self.callback_handler.model = self.student
-        return prepared
 
     def _state(self) -> dict[str, Tensor]:
         if self._kept is None:
@@ -249,36 +247,37 @@ class RecoveryTrainer(Trainer):
         every = dict([*self.student.named_parameters(), *self.student.named_buffers()])
         return {name: every[name].detach() for name in sorted(self._kept)}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # save_pretrained would give tensors the names of the family's files, under which the trainer does not find
-        # them again.
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    def save_weights(self, directory: Path) -> None:
+        """Write what trains, or all, by the names of this model's modules, so that it is found again."""
         tensors = {name: value.clone().contiguous() for name, value in self._state().items()}
-        save_file(tensors, Path(output_dir) / _WEIGHTS)
+        save_file(tensors, directory / _WEIGHTS)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved, here = load_file(Path(resume_from_checkpoint) / _WEIGHTS), self._state()
+    def load_weights(self, checkpoint: str) -> None:
+        """Read what `save_weights` wrote.
+
+        :raises ValueError: it is of another run
+        """
+        saved, here = load_file(Path(checkpoint) / _WEIGHTS), self._state()
         differing = sorted(saved.keys() ^ here.keys())
         if differing:
             raise ValueError(
-                f"checkpoint {resume_from_checkpoint!r} is of another run: {differing[0]!r} is only in one of the "
+                f"checkpoint {checkpoint!r} is of another run: {differing[0]!r} is only in one of the "
                 "two; start anew in another output directory."
             )
         with torch.no_grad():
             for name, value in here.items():
                 value.copy_(saved[name])
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # A run may go on at another rate, but the state that was saved brings its own.
+    def schedule_loaded(self) -> None:
+        """A run may go on at another rate, but the state that was saved brings its own."""
         rate = self._settings.learning_rate
         self.lr_scheduler.base_lrs = [rate] * len(self.lr_scheduler.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor(self.lr_scheduler.last_epoch)
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def checkpoint_saved(self) -> None:
+        """Add the log, and remove the oldest."""
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return

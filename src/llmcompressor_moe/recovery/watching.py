@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmcompressor_moe.compat.transformers.models import checkpointing_function
 from llmcompressor_moe.profile.observing import first_tensor
 from llmcompressor_moe.recovery.adapters import inner_model, student_topology
 from llmcompressor_moe.recovery.scores import RouterScores
@@ -121,7 +122,7 @@ class Watcher:
         if not (torch.is_grad_enabled() and self.model.training):
             return
         for module in self.model.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
+            function = checkpointing_function(module)
             if getattr(module, "gradient_checkpointing", False) and _is_reentrant(function):
                 raise ValueError(
                     "gradient_checkpointing_kwargs has use_reentrant=True, under which nothing inside a block has "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.compat.transformers.building import build
 from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.surgery.compact import INDEX_NAMES
 from llmcompressor_moe.surgery.config import keep_blocks
@@ -40,7 +41,7 @@ def check_blocks_can_go(model: PreTrainedModel, stack: str, dropped: set[int]) -
     keep_blocks(config, kept)
     text_config(config).use_cache = True
     with load_trimmed_moe(), torch.device("meta"):
-        twin = type(model)._from_config(config)
+        twin = build(type(model), config)
     for new, old in enumerate(kept):
         theirs, ours = _settings(twin.get_submodule(stack)[new]), _settings(blocks[old])
         for key in sorted(theirs):

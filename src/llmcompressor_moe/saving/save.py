@@ -15,6 +15,7 @@ from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.config_file import write_config_changes
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
 from llmcompressor_moe.checkpoint.opened import opened_from
+from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.limits import BrokenLimit, LimitsBrokenError
 from llmcompressor_moe.saving.card import write_model_card
 from llmcompressor_moe.surgery.compact import sync_config
@@ -61,8 +62,7 @@ def save_says_what_it_is(model: PreTrainedModel, changes: ConfigChanges) -> None
         if broken:
             raise LimitsBrokenError(broken, f"The checkpoint is kept apart in {str(target)!r}.")
 
-    # Upstream wraps a method that lacks this mark, and would wrap this one again.
-    save_pretrained._overridden = True
+    mark_wrapped(save_pretrained)
     save_pretrained._says_what_it_is = True
     model.save_pretrained = save_pretrained
 

@@ -14,12 +14,20 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
 from torch import nn
 
+from llmcompressor_moe.compat.llmcompressor.calibration import (
+    forget_pruning,
+    pruning_calibrated,
+    pruning_saw_inputs,
+    pruning_watches,
+    set_pruning_ratio,
+)
+
 __all__ = ["ALGORITHMS", "Part", "UpstreamPruning", "linear_weights"]
 
-# Name -> upstream's modifier and where it keeps what it saw of a module's inputs.
-ALGORITHMS: dict[str, tuple[type[SparsityModifierBase], str]] = {
-    "sparsegpt": (SparseGPTModifier, "_hessians"),
-    "wanda": (WandaPruningModifier, "_row_scalars"),
+# Name -> upstream's modifier.
+ALGORITHMS: dict[str, type[SparsityModifierBase]] = {
+    "sparsegpt": SparseGPTModifier,
+    "wanda": WandaPruningModifier,
 }
 
 # Columns that SparseGPT works on at a time (its default); groups of an N:M mask must not straddle two of them.
@@ -76,7 +84,7 @@ class UpstreamPruning:
     """
 
     def __init__(self, algorithm: str, mask_structure: str) -> None:
-        self._modifier_cls, self._seen = ALGORITHMS[algorithm]
+        self._modifier_cls = ALGORITHMS[algorithm]
         self._mask_structure = mask_structure
         self._prune_n, self._prune_m = map(int, mask_structure.split(":"))
         self._inner: SparsityModifierBase | None = None
@@ -95,24 +103,24 @@ class UpstreamPruning:
         )
         self._inner.on_initialize(state)
         self._inner.on_calibration_start(state, event)
-        watched = self._inner._module_names
         for part in parts:
-            part.linears = [m for module in part.modules for m in module.modules() if m in watched]
+            part.linears = [
+                m for module in part.modules for m in module.modules() if pruning_watches(self._inner, m)
+            ]
             self._part_of |= dict.fromkeys(part.linears, part)
 
     def prune(self, state: State, event: Event, **kwargs: Any) -> None:
         """Prune what has been calibrated since the last time, at the parts' ratios."""
-        calibrated = list(self._inner._num_samples)
+        calibrated = pruning_calibrated(self._inner)
         for module in calibrated:
             part = self._part_of[module]
-            seen = getattr(self._inner, self._seen)
             if not part.ratio:
-                self._forget(module)
-            elif not bool(seen[module].any()):
-                self._forget(module)
+                forget_pruning(self._inner, module)
+            elif not pruning_saw_inputs(self._inner, module):
+                forget_pruning(self._inner, module)
                 self._by_magnitude(module, part)
             else:
-                self._inner._module_sparsities[module] = part.ratio
+                set_pruning_ratio(self._inner, module, part.ratio)
         self._inner.on_sequential_epoch_end(state, event, **kwargs)
         for module in calibrated:
             self._count(module)
@@ -136,10 +144,6 @@ class UpstreamPruning:
         if self._inner is not None:
             self._inner.on_finalize(state)
             self._inner = None
-
-    def _forget(self, module: nn.Module) -> None:
-        del self._inner._num_samples[module]
-        del getattr(self._inner, self._seen)[module]
 
     def _by_magnitude(self, module: nn.Linear, part: Part) -> None:
         """Wanda with inputs that are all alike."""

@@ -10,7 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llmcompressor_moe.surgery.global_access import allow_global_access
+from llmcompressor_moe.compat.transformers.per_layer import (
+    allow_global_access,
+    layer_overrides,
+    says_that_none_differs,
+)
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
 __all__ = ["describe_layers", "keep_blocks", "per_layer_overrides", "set_expert_count", "switch_off_mtp"]
@@ -41,7 +45,7 @@ def keep_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     config = text_config(config)
     count_name = config.attribute_map.get(_BLOCK_COUNT, _BLOCK_COUNT)
     old_count = getattr(config, count_name)
-    overrides, alike = per_layer_overrides(config), _says_that_none_differs(config)
+    overrides, alike = per_layer_overrides(config), says_that_none_differs(config)
     config.per_layer_config = None
     new_index = {old: new for new, old in enumerate(kept)}
     moe_indices = _periodic_moe_layers(config)
@@ -87,16 +91,7 @@ def _periodic_moe_layers(config: PreTrainedConfig) -> set[int] | None:
 
 def per_layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """What a text config says of single layers: block index -> attribute -> value; empty if nothing."""
-    spec = text_config(config).__dict__.get("_heterogeneity_spec")
-    return {index: dict(layer) for index, layer in spec.per_layer_overrides.items()} if spec else {}
-
-
-def _says_that_none_differs(config: PreTrainedConfig) -> bool:
-    """Whether ``per_layer_config`` is there and empty: without it some classes (Gemma 4) derive differences from
-    older fields.
-    """
-    spec = config.__dict__.get("_heterogeneity_spec")
-    return spec is not None and not spec.per_layer_overrides
+    return layer_overrides(text_config(config))
 
 
 def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | None]) -> None:
@@ -112,7 +107,7 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
     """
     config = text_config(config)
     names = expert_count_attributes(config)
-    overrides, alike = per_layer_overrides(config), _says_that_none_differs(config)
+    overrides, alike = per_layer_overrides(config), says_that_none_differs(config)
     config.per_layer_config = None
     for layer in overrides.values():
         layer.pop("skip", None)

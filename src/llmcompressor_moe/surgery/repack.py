@@ -11,7 +11,11 @@ from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmcompressor_moe.linearize import restore_checkpoint_names
+from llmcompressor_moe.compat.llmcompressor.linear_experts import (
+    fused_class,
+    restore_checkpoint_names,
+    was_fused,
+)
 from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
 
 __all__ = ["has_quantized_experts", "repack_experts"]
@@ -29,8 +33,8 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
     replaced = []
     loaded_linear = False
     for path, experts in get_linearized_moes(model):
-        loaded_linear |= not hasattr(experts, "_source_experts_cls")
-        fused_cls = _fused_class(experts)
+        loaded_linear |= not was_fused(experts)
+        fused_cls = fused_class(experts)
         if fused_cls is None or _is_quantized(experts):
             continue
         fused = _fuse(experts, fused_cls, text_config(model.config))
@@ -44,14 +48,6 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
 def has_quantized_experts(model: PreTrainedModel) -> bool:
     """Whether any expert has a quantization scheme."""
     return any(_is_quantized(experts) for _, experts in get_linearized_moes(model))
-
-
-def _fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
-    """The class the experts were linearized from, or that upstream loaded them in place of."""
-    source = getattr(experts, "_source_experts_cls", None)
-    if source is not None:
-        return source
-    return {linear: fused for fused, linear in LinearExperts2D._registry.items()}.get(type(experts))
 
 
 def _is_quantized(experts: LinearExperts2D) -> bool:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llmcompressor_moe.compat.transformers.building import class_for
 from llmcompressor_moe.recovery.dense.parts import beside, mlp_prefix
 from llmcompressor_moe.topology import Topology, find_topology
 
@@ -134,10 +135,9 @@ def _entry(name: str) -> _Entry:
 
 
 def _is_causal(model_type: str) -> bool:
-    return (
-        model_type in CONFIG_MAPPING
-        and type(CONFIG_MAPPING[model_type]()) in AutoModelForCausalLM._model_mapping
-    )
+    if model_type not in CONFIG_MAPPING:
+        return False
+    return class_for(AutoModelForCausalLM, type(CONFIG_MAPPING[model_type]())) is not None
 
 
 def find_sibling(model: PreTrainedModel, topology: Topology, width: int) -> Sibling:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
-from compressed_tensors.utils import patch_attr
-from llmcompressor.utils.helpers import disable_lm_head
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.llmcompressor.lm_head import lm_head_in_place
 from llmcompressor_moe.profile.forward import batch_mask, forwards, sum_over_ranks, to_device
 from llmcompressor_moe.profile.observing import Observer, RoutedObserver, attached, start_batch
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
@@ -97,18 +96,7 @@ def output_loss(model: PreTrainedModel, record: OutputRecord, index: int) -> tor
 def _routed(model: PreTrainedModel, topology: Topology, *, quantized: bool = False) -> Iterator[None]:
     """Experts run routed tokens only, where upstream's would run all of them during calibration."""
     routed = [RoutedObserver(model, block) for block in topology.blocks if block.moe is not None]
-    with attached(routed), forwards(model, quantized=quantized), _lm_head(model):
-        yield
-
-
-@contextlib.contextmanager
-def _lm_head(model: PreTrainedModel) -> Iterator[None]:
-    """Upstream's sequential pipeline takes the LM head out until its pass is over, and recipes end within it."""
-    head = model.get_output_embeddings()
-    if disable_lm_head.__name__ not in getattr(head.forward, "__qualname__", ""):
-        yield
-        return
-    with patch_attr(head, "forward", type(head).forward.__get__(head)):
+    with attached(routed), forwards(model, quantized=quantized), lm_head_in_place(model):
         yield
 
 

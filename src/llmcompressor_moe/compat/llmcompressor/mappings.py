@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.modeling.moe.linear_experts import ExpertMLP
 from llmcompressor.modifiers.transform.awq import AWQMapping
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
     get_layer_mappings_from_model as upstream_awq_mappings,
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.llmcompressor.linear_experts import between_layers
 from llmcompressor_moe.topology import Block, expert_modules, find_topology
 
 __all__ = ["awq_mappings", "smoothquant_mappings", "upstream_awq_mappings", "upstream_smoothquant_mappings"]
@@ -164,11 +164,4 @@ def _experts_are_linear_in_up(model: nn.Module, block: Block) -> bool:
     expert = expert_modules(model.get_submodule(block.moe.experts))[0]
     generator = torch.Generator().manual_seed(0)
     gate, up = (16 * torch.randn(8, 16, generator=generator) for _ in range(2))
-    return torch.allclose(_between(expert, gate, 2 * up), 2 * _between(expert, gate, up))
-
-
-def _between(expert: ExpertMLP, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """What an expert does between its first layers and its last."""
-    if hasattr(expert, "gate_proj"):
-        return expert._apply_gate(torch.cat([gate, up], dim=-1))
-    return expert.act_fn(up)
+    return torch.allclose(between_layers(expert, gate, 2 * up), 2 * between_layers(expert, gate, up))

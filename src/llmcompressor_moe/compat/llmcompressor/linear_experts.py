@@ -1,0 +1,120 @@
+"""llm-compressor's linearized experts where they stop short of a model that it supports otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from types import SimpleNamespace
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.linear_experts import ExpertMLP, LinearExperts2D
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+from llmcompressor_moe.compat.transformers.conversions import own_conversions, save_by
+
+__all__ = [
+    "between_layers",
+    "fused_class",
+    "linearize_without_weights",
+    "register_linearizations",
+    "restore_checkpoint_names",
+    "was_fused",
+]
+
+
+class _Llama4TextLinearExperts(Llama4LinearExperts):
+    """Also for a text-only Llama 4, and for a layer whose expert count differs from the config's."""
+
+    @classmethod
+    def from_experts_module(cls, experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+        text = copy.copy(getattr(config, "text_config", config))
+        text.per_layer_config = None
+        text.num_local_experts = experts.num_experts
+        linear = super().from_experts_module(experts, SimpleNamespace(text_config=text))
+        linear._source_experts_cls = type(experts)
+        return linear
+
+
+def register_linearizations() -> None:
+    """Make `oneshot` linearize Llama 4 by the class of this module.
+
+    llm-compressor's own reads ``config.text_config``, which a text-only model has not, takes the expert count of
+    the whole model, and does not say what class the experts had.
+    """
+    LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
+
+
+def was_fused(experts: LinearExperts2D) -> bool:
+    """Whether experts were linearized from a fused module that was loaded, and not loaded as Linears.
+
+    llm-compressor notes the class of the former only.
+    """
+    return hasattr(experts, "_source_experts_cls")
+
+
+def fused_class(experts: LinearExperts2D) -> type[nn.Module] | None:
+    """The class that experts were linearized from, or were loaded in place of; None if unknown.
+
+    llm-compressor's ``to_experts_module`` puts experts back only where it linearized them itself, at the count
+    that they had then. For the others its registry is read backwards.
+    """
+    source = getattr(experts, "_source_experts_cls", None)
+    if source is not None:
+        return source
+    return {linear: fused for fused, linear in LinearExperts2D._registry.items()}.get(type(experts))
+
+
+def between_layers(expert: ExpertMLP, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What an expert does between its first layers and its last.
+
+    It stands in no module of its own that could be called.
+
+    :param gate: outputs of the gate projection, [tokens, width]; ignored by experts without one
+    :param up: outputs of the up projection, [tokens, width]
+    """
+    if hasattr(expert, "gate_proj"):
+        return expert._apply_gate(torch.cat([gate, up], dim=-1))
+    return expert.act_fn(up)
+
+
+def linearize_without_weights(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+    """Linearized experts on the meta device.
+
+    llm-compressor offloads them as the fused ones were, which it cannot for the meta device; before weights are
+    loaded there is nothing to offload.
+
+    :param experts: fused, on the meta device
+    :param config: of their layer, which counts them
+    """
+    linear_cls = LinearExperts2D.get_linear_experts_cls(type(experts))
+    with contextlib.ExitStack() as patches:
+        for module in {sys.modules[cls.__module__] for cls in linear_cls.__mro__}:
+            if hasattr(module, "offload_module"):
+                patches.enter_context(patch_attr(module, "offload_module", lambda module, **_: None))
+        return linear_cls.from_experts_module(experts, config)
+
+
+def restore_checkpoint_names(model: PreTrainedModel, *, fused: bool) -> None:
+    """Undo what `load_quantizable_moe` leaves behind: transformers' table of checkpoint names changed for a
+    whole family.
+
+    Every other model of the family that this process loads or saves would miss its experts.
+
+    :param fused: whether the model's experts are fused again, so that it has to save by the restored names,
+        too
+    """
+    model_type = model.config.model_type
+    original = own_conversions(model_type)
+    if original is not None:
+        register_checkpoint_conversion_mapping(model_type, original, overwrite=True)
+    if fused:
+        save_by(model, get_model_conversion_mapping(model))
