@@ -182,6 +182,8 @@ class ExpertsObserver(RoutedObserver):
         self._block = block.index
         self._router = model.get_submodule(moe.router) if moe.router else None
         self._scores = RouterReader(self._router, moe.num_experts, model.config) if moe.router else None
+        # With groups, the softmax also counts experts that could not be chosen.
+        self._limited = moe.groups_kept < moe.num_groups
         self._outputs = Statistic.OUTPUT in wanted
         self._redundancy = Statistic.REDUNDANCY in wanted
         count = moe.num_experts
@@ -246,7 +248,7 @@ class ExpertsObserver(RoutedObserver):
         return self._device_sums
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        probability = self._scores.probabilities(output)
+        probability = None if self._limited else self._scores.probabilities(output)
         if probability is None:
             return
         keep = self.kept(len(probability))
