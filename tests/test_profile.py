@@ -40,7 +40,7 @@ FAMILIES = {
     "granitemoe": ("block_sparse_moe", "post_attention_layernorm", "router"),
     "cohere2_moe": ("mlp", None, "gate"),
 }
-FULL_SOFTMAX = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe"}
+FULL_SOFTMAX = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "cohere2_moe"}
 
 
 def plain_batches(samples: int = 3, length: int = 12, seed: int = 1) -> list[dict]:

@@ -25,6 +25,8 @@ class FamilyException:
     :param refuse_quantized_experts: reason why vLLM cannot serve quantized experts of this family, if so
     :param refuse_partly_quantized: reason why vLLM cannot serve this family with quantized experts in some
         layers and 16-bit ones in others, if so
+    :param router_scores: the function by which its routers score experts ("softmax"), where the weights that they
+        return follow from no function of the logits alone
     """
 
     refuse_layer_drop: str | None = None
@@ -34,6 +36,7 @@ class FamilyException:
     position_period: int = 1
     refuse_quantized_experts: str | None = None
     refuse_partly_quantized: str | None = None
+    router_scores: str | None = None
 
 
 _READS_COUNT_ITSELF = (
@@ -75,6 +78,9 @@ _EXCEPTIONS: dict[str, FamilyException] = {
         refuse_partly_quantized="vLLM 0.32 expects either single experts or fused ones in all layers, and "
         "those in 16 bit are stored fused"
     ),
+    # SparseMixer (arXiv 2409.12136) samples experts from the softmax of the logits, and weighs each by a softmax
+    # over those whose logits are close to its own.
+    "phimoe": FamilyException(router_scores="softmax"),
     "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),
 }
 

@@ -55,8 +55,8 @@ def router_score(given: ScoreInput) -> Scores:
     """Sum over tokens of an expert's routing probability, divided by the sample count (arXiv 2406.02500,
     Expert Drop).
 
-    Softmax routers (Mixtral, Qwen2-MoE): the softmax over all experts. Others (DeepSeek): the top-k-masked
-    gate weights.
+    Softmax routers (Mixtral, Qwen2-MoE): the softmax over all experts. Others, and those that choose among groups
+    (DeepSeek): the top-k-masked gate weights.
     """
     profile = _profile(given)
     total = profile.routing_probability or profile.gate_weight

@@ -27,7 +27,7 @@ class ExpertProfile(BaseModel):
     :param routed_tokens: number of tokens routed to the expert
     :param gate_weight: sum over routed tokens of the router's weight for the expert
     :param routing_probability: sum over all tokens of the softmax over all experts; None where the router has
-        no softmax
+        no softmax, or limits the choice to groups of experts
     :param output_norm: sum over routed tokens of the L2 norm of the expert's output
     :param weighted_output_norm: sum over routed tokens of router weight times that norm
     :param output_similarity: mean cosine similarity of two experts' outputs on the same tokens, [experts,

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llmcompressor_moe.profile.data import ExpertProfile, Statistic, require_finite
 from llmcompressor_moe.profile.observing import Observer, RoutedObserver, first_tensor, hidden_argument
-from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
+from llmcompressor_moe.profile.routers import RouterReader
 from llmcompressor_moe.topology import Block, expert_modules
 
 __all__ = ["BlockObserver", "ExpertsObserver", "RunObserver"]
@@ -181,6 +181,9 @@ class ExpertsObserver(RoutedObserver):
         moe = block.moe
         self._block = block.index
         self._router = model.get_submodule(moe.router) if moe.router else None
+        self._scores = RouterReader(self._router, moe.num_experts, model.config) if moe.router else None
+        # With groups, the softmax also counts experts that could not be chosen.
+        self._limited = moe.groups_kept < moe.num_groups
         self._outputs = Statistic.OUTPUT in wanted
         self._redundancy = Statistic.REDUNDANCY in wanted
         count = moe.num_experts
@@ -245,10 +248,9 @@ class ExpertsObserver(RoutedObserver):
         return self._device_sums
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        logits = router_logits(output, self._sums.shape[1])
-        if logits is None or not is_softmax_router(self._router):
+        probability = None if self._limited else self._scores.probabilities(output)
+        if probability is None:
             return
-        probability = probabilities(logits)
         keep = self.kept(len(probability))
         if keep is not None:
             probability = probability[keep]

@@ -18,7 +18,7 @@ from llmcompressor_moe.profile.observing import (
     hidden_argument,
     observe_batches,
 )
-from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
+from llmcompressor_moe.profile.routers import RouterReader
 from llmcompressor_moe.topology import Block, Topology
 
 __all__ = ["RouterTrace", "trace_routing"]
@@ -40,7 +40,10 @@ class _RoutingObserver(RoutedObserver):
     def __init__(self, model: nn.Module, block: Block) -> None:
         super().__init__(model, block)
         router = model.get_submodule(block.moe.router) if block.moe.router else None
-        self._router = router if router is not None and is_softmax_router(router) else None
+        self._router = router
+        self._reader = (
+            RouterReader(router, block.moe.num_experts, model.config) if router is not None else None
+        )
         self._chosen: list[torch.Tensor] = []
         self._probabilities: list[torch.Tensor] = []
 
@@ -82,10 +85,9 @@ class _RoutingObserver(RoutedObserver):
         self.on_routing(chosen if keep is None else chosen[keep.to(chosen.device)])
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        logits = router_logits(output, self._count)
-        if logits is None:
+        values = self._reader.probabilities(output)
+        if values is None:
             return
-        values = probabilities(logits)
         keep = self.kept(len(values))
         self._probabilities.append((values if keep is None else values[keep.to(values.device)]).cpu())
 

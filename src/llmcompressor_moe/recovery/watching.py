@@ -73,7 +73,10 @@ class Watcher:
         self._routers = {index: _router(self._layers[index], index) for index in routers}
         self._scores = {
             index: RouterScores(
-                self.model.get_submodule(path), self._layers[index].num_experts, f"block {index} ({path})"
+                self.model.get_submodule(path),
+                self._layers[index].num_experts,
+                f"block {index} ({path})",
+                self.model.config,
             )
             for index, path in self._routers.items()
         }
