@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.checkpoint.names import ExpertNames
 from llmcompressor_moe.checkpoint.opened import keeps_stored_precision
 from llmcompressor_moe.checkpoint.quantized_names import cover_quantized_modules
 from llmcompressor_moe.surgery.config_changes import NEVER_WRITTEN, ConfigChanges
@@ -19,14 +18,14 @@ __all__ = ["edit_config", "write_config_changes"]
 
 
 def write_config_changes(
-    model: PreTrainedModel, directory: Path, changes: ConfigChanges, names: ExpertNames | None
+    model: PreTrainedModel, directory: Path, changes: ConfigChanges, spell: Callable[[str], list[str]]
 ) -> None:
     """Bring ``config.json`` in ``directory`` up to date, in place.
 
     :param changes: what the cut changed
-    :param names: the family's own expert names, which a quantization config has to cover as well
+    :param spell: path of a module -> every name that a quantization config has to cover
     """
-    edit_config(directory, lambda whole: _apply(whole, model, changes, names))
+    edit_config(directory, lambda whole: _apply(whole, model, changes, spell))
 
 
 def edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -41,7 +40,10 @@ def edit_config(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None
 
 
 def _apply(
-    whole: dict[str, Any], model: PreTrainedModel, changes: ConfigChanges, names: ExpertNames | None
+    whole: dict[str, Any],
+    model: PreTrainedModel,
+    changes: ConfigChanges,
+    spell: Callable[[str], list[str]],
 ) -> None:
     config = text_config(model.config)
     fields = whole.get("text_config", whole) if config is not model.config else whole
@@ -56,4 +58,4 @@ def _apply(
     for level in (whole, fields):
         level.pop(NEVER_WRITTEN, None)
     if "quantization_config" in whole and not keeps_stored_precision(model):
-        cover_quantized_modules(model, whole["quantization_config"], names)
+        cover_quantized_modules(model, whole["quantization_config"], spell)

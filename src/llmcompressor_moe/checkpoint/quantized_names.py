@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-
-from llmcompressor_moe.checkpoint.names import ExpertNames
 
 __all__ = ["cover_quantized_modules", "patterns_for"]
 
@@ -24,14 +22,14 @@ _EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)(?P<after>\..+)")
 
 
 def cover_quantized_modules(
-    model: nn.Module, quantization: dict[str, Any], names: ExpertNames | None
+    model: nn.Module, quantization: dict[str, Any], spellings: Callable[[str], list[str]]
 ) -> None:
     """Rewrite ``ignore`` and the groups' ``targets`` in place.
 
     :param model: the model as it is saved; every quantized module carries its scheme
     :param quantization: ``quantization_config`` as compressed-tensors wrote it: one group per scheme, in the
         order of first appearance
-    :param names: the family's own expert names, if it has any
+    :param spellings: path of a module -> every name under which readers look it up, that path first
     """
     groups = list(quantization.get("config_groups", {}).values())
     schemes: list[Any] = []
@@ -46,15 +44,15 @@ def cover_quantized_modules(
         members[schemes.index(scheme)].append(name)
     ignore = quantization.get("ignore") or []
     quantization["ignore"] = list(
-        dict.fromkeys(spelling for entry in ignore for spelling in _spellings(entry, names))
+        dict.fromkeys(spelling for entry in ignore for spelling in spellings(entry))
     )
     by_class_alone = len(groups) == 1 and groups[0].get("targets") == ["Linear"]
     if by_class_alone or len(groups) != len(schemes):
         return
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    everything = [spelling for name in linears for spelling in _spellings(name, names)]
+    everything = [spelling for name in linears for spelling in spellings(name)]
     for group, quantized in zip(groups, members, strict=True):
-        spelled = [spelling for name in quantized for spelling in _spellings(name, names)]
+        spelled = [spelling for name in quantized for spelling in spellings(name)]
         targets = patterns_for(spelled, everything)
         expressions = [
             re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")
@@ -63,10 +61,6 @@ def cover_quantized_modules(
         if any(expression.match(name) for expression in expressions for name in others):
             targets = spelled
         group["targets"] = targets
-
-
-def _spellings(name: str, names: ExpertNames | None) -> list[str]:
-    return list(dict.fromkeys([name, *(names.spellings(name) if names else ())]))
 
 
 def patterns_for(names: Iterable[str], among: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmcompressor_moe.checkpoint.opened import opened_from
 from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.limits import BrokenLimit, LimitsBrokenError
 from llmcompressor_moe.saving.card import write_model_card
+from llmcompressor_moe.saving.tensors import stored_module_names
 from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.repack import has_quantized_experts
@@ -119,10 +121,7 @@ def remember_earlier_reports(model: PreTrainedModel) -> None:
 
 def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: ConfigChanges) -> None:
     """Everything that a checkpoint of a trimmed model needs beyond what llm-compressor wrote."""
-    names = expert_names(text_config(model.config).model_type)
-    if names is not None and opened_from(model) is None:
-        rename_tensors(directory, names.apply)
-    write_config_changes(model, directory, changes, names)
+    write_config_changes(model, directory, changes, _name_as_family(model, directory))
     history = getattr(model, "_trim_history", [])
     dump = [*getattr(model, "_earlier_reports", []), *(report.model_dump(mode="json") for report in history)]
     (directory / HISTORY_FILE).write_text(json.dumps(dump, indent=2) + "\n")
@@ -135,3 +134,16 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
         quantized_experts=has_quantized_experts(model),
         research=is_research_only(model),
     )
+
+
+def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], list[str]]:
+    """Give tensors the names of their family; return a function from a module's path to all names it goes by."""
+    opened = opened_from(model)
+    if opened is not None:
+        stored = stored_module_names(model, opened)
+        return lambda path: list(dict.fromkeys([path, stored.get(path, path)]))
+    names = expert_names(text_config(model.config).model_type)
+    if names is None:
+        return lambda path: [path]
+    rename_tensors(directory, names.apply)
+    return names.spellings

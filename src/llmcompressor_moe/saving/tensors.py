@@ -21,7 +21,7 @@ from llmcompressor_moe.checkpoint.sources import Leaf, Source, Taken
 from llmcompressor_moe.checkpoint.stored import TORCH_DTYPES, StoredTensors
 from llmcompressor_moe.saving.shards import FileRange, OutputTensor
 
-__all__ = ["copied", "moved_name", "output_tensors"]
+__all__ = ["copied", "moved_name", "output_tensors", "stored_module_names"]
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -163,7 +163,7 @@ class _Plan:
         source = origin.sources.get(name)
         old = origin.path_of(name)
         if source is None or _is_quantized(module) or module in self._split:
-            stored, place = self._name_for(module, origin, name, now)
+            stored, place = self._name_for(origin, name, now)
             self._add_value(stored, value, place)
             return
         leaves = list(source.leaves())
@@ -234,25 +234,33 @@ class _Plan:
         name = moved_name(leaf.name, fused.old, fused.now)
         self._put(OutputTensor(name, _NAMES[leaf.dtype], shape, nbytes, pieces), leaf.parts[0])
 
-    def _name_for(
-        self, module: nn.Module, origin: OpenedModule, name: str, now: str
-    ) -> tuple[str, str | None]:
+    def _name_for(self, origin: OpenedModule, name: str, now: str) -> tuple[str, str | None]:
         """Stored name and place for a tensor that a modifier gave to a module, or that is no longer fused."""
-        path = now.rpartition(".")[0]
-        for known, source in origin.sources.items():
-            leaf = next(source.leaves())
-            old = origin.path_of(known)
-            if leaf.expert is None:
-                prefix = leaf.name.removesuffix(f".{known}")
-                if prefix != leaf.name:
-                    # The module's name in the files, whatever the family calls it there.
-                    return f"{moved_name(prefix, old.removesuffix(f'.{known}'), path)}.{name}", leaf.parts[0]
-            else:
-                holder = moved_name(leaf.name, old, now).rpartition(".")[0]
-                expert, projection = path.split(".")[-2:]
-                return f"{holder}.{expert}.{projection}.{name}", leaf.parts[0]
-        known = self._opened.stored_modules.get(origin.path, origin.path)
-        return f"{moved_name(known, origin.path, path)}.{name}", None
+        module, place = _stored_module(origin, now.rpartition(".")[0], self._opened)
+        return f"{module}.{name}", place
+
+
+def stored_module_names(model: nn.Module, opened: OpenedCheckpoint) -> dict[str, str]:
+    """Path of a module -> its name in the files, whatever the family calls it there."""
+    return {
+        path: _stored_module(origin, path, opened)[0]
+        for path, module in model.named_modules()
+        if (origin := opened_module(module)) is not None
+    }
+
+
+def _stored_module(origin: OpenedModule, path: str, opened: OpenedCheckpoint) -> tuple[str, str | None]:
+    """A module's name in the files, and a stored tensor that it was made of."""
+    for known, source in origin.sources.items():
+        leaf = next(source.leaves())
+        old = origin.path_of(known)
+        if leaf.expert is not None:
+            holder = moved_name(leaf.name, old, f"{path}.{known}").rpartition(".")[0]
+            return ".".join([holder, *path.split(".")[-2:]]), leaf.parts[0]
+        module = leaf.name.removesuffix(f".{known}")
+        if module != leaf.name:
+            return moved_name(module, origin.path, path), leaf.parts[0]
+    return moved_name(opened.stored_modules.get(origin.path, origin.path), origin.path, path), None
 
 
 def _file_order(stored: StoredTensors) -> Iterable[str]:
