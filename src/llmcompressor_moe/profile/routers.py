@@ -8,7 +8,34 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["is_softmax_router", "probabilities", "router_logits"]
+__all__ = ["RouterReader", "is_softmax_router", "probabilities", "router_logits"]
+
+
+class RouterReader:
+    """Reads the probabilities of one router. What kind of scores it gives is found out once: a look at numbers
+    makes the CPU wait for an accelerator.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+        self._place: int | None = None
+        self._are_probabilities: bool | None = None
+
+    def __call__(self, output: Any) -> torch.Tensor | None:
+        """Probabilities over all experts, [tokens, experts] in fp32; None where the router gives none.
+
+        :param output: what the router returned
+        """
+        values = [output] if isinstance(output, torch.Tensor) else list(output)
+        if self._place is None:
+            logits = router_logits(output, self._num_experts)
+            if logits is None:
+                return None
+            self._place = next(place for place, value in enumerate(values) if value is logits)
+        flat = values[self._place].reshape(-1, self._num_experts).float()
+        if self._are_probabilities is None:
+            self._are_probabilities = _are_probabilities(flat)
+        return flat if self._are_probabilities else flat.softmax(dim=-1)
 
 
 def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:

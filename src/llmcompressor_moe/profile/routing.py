@@ -18,7 +18,7 @@ from llmcompressor_moe.profile.observing import (
     hidden_argument,
     observe_batches,
 )
-from llmcompressor_moe.profile.routers import is_softmax_router, probabilities, router_logits
+from llmcompressor_moe.profile.routers import RouterReader, is_softmax_router
 from llmcompressor_moe.topology import Block, Topology
 
 __all__ = ["RouterTrace", "trace_routing"]
@@ -41,6 +41,8 @@ class _RoutingObserver(RoutedObserver):
         super().__init__(model, block)
         router = model.get_submodule(block.moe.router) if block.moe.router else None
         self._router = router if router is not None and is_softmax_router(router) else None
+        self._read = RouterReader(self._count)
+        self._block = block.index
         self._chosen: list[torch.Tensor] = []
         self._probabilities: list[torch.Tensor] = []
 
@@ -63,7 +65,12 @@ class _RoutingObserver(RoutedObserver):
 
     def on_routing(self, chosen: torch.Tensor) -> None:
         """Keep the choice."""
-        self._chosen.append(chosen.cpu())
+        self._chosen.append(chosen)
+
+    def block_done(self, block: int) -> None:
+        """Move what is kept to the CPU."""
+        if block == self._block:
+            self._chosen, self._probabilities = _on_cpu(self._chosen), _on_cpu(self._probabilities)
 
     def trace(self) -> RouterTrace:
         """Everything that was kept."""
@@ -82,12 +89,15 @@ class _RoutingObserver(RoutedObserver):
         self.on_routing(chosen if keep is None else chosen[keep.to(chosen.device)])
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        logits = router_logits(output, self._count)
-        if logits is None:
+        values = self._read(output)
+        if values is None:
             return
-        values = probabilities(logits)
         keep = self.kept(len(values))
-        self._probabilities.append((values if keep is None else values[keep.to(values.device)]).cpu())
+        self._probabilities.append(values if keep is None else values[keep.to(values.device)])
+
+
+def _on_cpu(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat(values).cpu()] if values else []
 
 
 def trace_routing(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import align_modules, get_execution_device
+from compressed_tensors.offload import get_execution_device
 from compressed_tensors.quantization import enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
+from llmcompressor_moe.profile.computing import computed_in
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
 from llmcompressor_moe.profile.samples import LayerSample, collect_samples
@@ -103,8 +104,8 @@ def _measured_errors(
             if not len(work.inputs):
                 continue
             expert.apply(enable_quantization)
-            with align_modules(list(expert.modules())), HooksMixin.disable_hooks():
-                device = get_execution_device(next(expert.children()))
+            device = get_execution_device(next(expert.children()))
+            with computed_in(expert.modules(), work.inputs.dtype), HooksMixin.disable_hooks():
                 outputs = expert(work.inputs.to(device))
             gates = work.weights.double().square()
             difference = (work.outputs.double() - outputs.cpu().double()).square().sum(dim=-1)
