@@ -22,6 +22,7 @@ import greenlet
 import torch
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.offload.utils import send_tensors
+from compressed_tensors.quantization import QuantizationStrategy
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from torch import nn
@@ -341,8 +342,9 @@ class _Lockstep:
         for position, block in enumerate(parts.blocks):
             stack.enter_context(_replaced(block, self._block_forward(position, block, block.forward)))
         for experts in parts.experts:
-            self._experts_forward[experts] = _unwatched(experts, experts.forward)
-            stack.enter_context(_replaced(experts, self._pausing_experts(experts, experts.forward)))
+            own = self._experts_forward[experts] = _unwatched(experts, experts.forward)
+            alone = any(map(_rounds_tokens_together, experts.modules()))
+            stack.enter_context(_replaced(experts, own if alone else self._pausing_experts(experts, own)))
         for expert, weights in parts.single_experts:
             stack.enter_context(_replaced(expert, _inside(weights, expert.forward)))
         for embedding in parts.embeddings:
@@ -430,6 +432,21 @@ def _unwatched(experts: nn.Module, own: Callable[..., torch.Tensor]) -> Callable
         return (routed_forward if routing else scattered_forward)(experts, hidden_states, *routing)
 
     return forward
+
+
+def _rounds_tokens_together(module: nn.Module) -> bool:
+    """Whether a module's scale for its input depends on which tokens it gets at once: upstream computes one scale
+    for all of them, per-token schemes included, because experts get tokens without a batch dimension.
+    """
+    scheme = getattr(module, "quantization_scheme", None)
+    inputs = getattr(scheme, "input_activations", None)
+    together = (QuantizationStrategy.TOKEN, QuantizationStrategy.TENSOR)
+    return (
+        inputs is not None
+        and inputs.dynamic is True
+        and inputs.strategy in together
+        and getattr(module, "quantization_enabled", True)
+    )
 
 
 def _call(experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _AtExperts | None:
