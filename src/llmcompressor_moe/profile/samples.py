@@ -70,16 +70,18 @@ class _SampleObserver(RoutedObserver):
         tokens_per_expert: int,
         all_tokens: int,
         hidden: int,
+        dtype: torch.dtype | None,
         on_sample: Callable[[int, LayerSample], None],
     ) -> None:
         """
         :param all_tokens: tokens that will enter the layer, padding included
+        :param dtype: see ``keep_in`` of `collect_samples`
         :param on_sample: called with the block's index and the sample
         """
         super().__init__(model, block)
         self._index = block.index
         self._tokens_per_expert, self._all_tokens = tokens_per_expert, all_tokens
-        self._hidden, self._on_sample = hidden, on_sample
+        self._hidden, self._dtype, self._on_sample = hidden, dtype, on_sample
         self._quota = 0
         self._counts = [0] * self._count
         self._weights: list[torch.Tensor] = []
@@ -105,7 +107,8 @@ class _SampleObserver(RoutedObserver):
         self._weights.append(gates)
         count = min(len(inputs), self._quota)
         chosen = torch.linspace(0, len(inputs) - 1, count, device=inputs.device).round().long()
-        self._kept[index].append((inputs[chosen], gates[chosen], outputs[chosen]))
+        dtype = self._dtype or outputs.dtype
+        self._kept[index].append((inputs[chosen].to(dtype), gates[chosen], outputs[chosen].to(dtype)))
 
     def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Add up weights and the power of the experts' output."""
@@ -154,6 +157,7 @@ def collect_samples(
     tokens_per_expert: int,
     *,
     skip_layers: Collection[int] = (),
+    keep_in: torch.dtype | None = None,
     on_layer_done: Callable[[int, LayerSample], None] | None = None,
 ) -> dict[int, LayerSample]:
     """Run ``model`` once over ``batches``, experts on routed tokens only, and keep samples of their work.
@@ -162,9 +166,10 @@ def collect_samples(
 
     :param tokens_per_expert: tokens to keep per expert, over all batches
     :param skip_layers: MoE layers that do not run any more, dropped blocks included
+    :param keep_in: dtype of kept inputs and outputs; None: the one that was computed in
     :param on_layer_done: called with a block's index and its sample as soon as all batches have passed it, in the
         same order on all ranks; what it does not keep is freed
-    :return: block index -> sample, in the dtype that was computed in; empty with ``on_layer_done``
+    :return: block index -> sample; empty with ``on_layer_done``
     :raises FloatingPointError: activations are NaN or infinite
     """
     blocks = [block for block in topology.blocks if block.moe and block.index not in set(skip_layers)]
@@ -174,7 +179,8 @@ def collect_samples(
     with disable_onloading():
         hidden = model.get_input_embeddings().weight.shape[-1]
     observers = [
-        _SampleObserver(model, block, tokens_per_expert, tokens, hidden, hand_over) for block in blocks
+        _SampleObserver(model, block, tokens_per_expert, tokens, hidden, keep_in, hand_over)
+        for block in blocks
     ]
     observe_batches(model, observers, batches, "Measuring experts")
     return found
