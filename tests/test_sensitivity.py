@@ -14,6 +14,7 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.profile.options import run_options
 from llmcompressor_moe.profile.samples import collect_samples
 from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates
 from llmcompressor_moe.quantization.schemes import Candidate, resolve_schemes
@@ -232,3 +233,18 @@ def test_offloaded_experts_are_measured_alike(tmp_path: Path) -> None:
         assert offloaded[index].sampled_error["W4A16"] == pytest.approx(
             plain[index].sampled_error["W4A16"], rel=1e-5
         )
+
+
+def test_experts_in_16_bit_are_rounded_in_16_bit_and_measured_in_32(tmp_path: Path) -> None:
+    model = support.load(support.saved("mixtral", tmp_path)).to(torch.bfloat16)
+    whole = copy.deepcopy(model).float()
+    batches, candidates = batches_of(support.token_ids(4, 12)), resolve_schemes(["W4A16"], GROUP, "schemes")
+    with run_options(compute_dtype=torch.float32):
+        half = measured(linearize_moe(model).to(torch.bfloat16), candidates, batches)
+    full = measured(linearize_moe(whole), candidates, batches)
+    for index, ours in half.items():
+        # Scales and rounded weights are stored in 16 bit: that is part of the scheme, and moves single experts.
+        assert sum(ours.sampled_error["W4A16"]) == pytest.approx(
+            sum(full[index].sampled_error["W4A16"]), rel=0.1
+        )
+        assert ours.routed_tokens == full[index].routed_tokens

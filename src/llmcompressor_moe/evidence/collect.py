@@ -12,7 +12,7 @@ from llmcompressor_moe.evidence.data import Evidence, LayerEvidence
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile, divergence_without
 from llmcompressor_moe.profile.merging import merged
 from llmcompressor_moe.profile.samples import ExpertSample, LayerSample, collect_samples
-from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates
+from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_layer
 from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.quantization.sensitivity import SensitivityInput, output_error
 from llmcompressor_moe.surgery.session import TrimSession
@@ -50,9 +50,14 @@ def collect_evidence(
     model, topology = session.model, session.topology
     halves = [collect_profile(model, topology, part, _STATISTICS) for part in (batches[::2], batches[1::2])]
     whole = merged(*halves)
-    samples = collect_samples(model, topology, batches, sample_tokens)
-    experts = {layer: session.experts(layer) for layer in session.layers}
-    measured = measure_candidates(experts, samples, candidates)
+    layers: dict[int, LayerEvidence] = {}
+
+    def look(layer: int, sample: LayerSample) -> None:
+        layers[layer] = _layer(
+            layer, whole, sample, measure_layer(session.experts(layer), sample, candidates)
+        )
+
+    collect_samples(model, topology, batches, sample_tokens, on_layer_done=look)
     few = _first(batches, kl_samples)
     return Evidence(
         model_type=topology.model_type,
@@ -69,7 +74,7 @@ def collect_evidence(
         layer_divergence=divergence_without(
             model, topology, few, [(index,) for index in topology.moe_layers], "layer"
         ),
-        layers={layer: _layer(layer, whole, samples[layer], measured[layer]) for layer in session.layers},
+        layers=layers,
         stability=_stability(*halves),
         schemes={candidate.name: candidate.written for candidate in candidates},
     )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.profile.computing import available_memory
 from llmcompressor_moe.profile.data import require_finite
-from llmcompressor_moe.profile.forward import batch_mask, run_once, sum_over_ranks
-from llmcompressor_moe.profile.observing import hidden_argument
-from llmcompressor_moe.surgery.bypass import bypassed, pass_through, replace_hidden, silence
-from llmcompressor_moe.topology import Topology
+from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
+from llmcompressor_moe.profile.lockstep import Snapshot
+from llmcompressor_moe.surgery.bypass import bypassed, pass_through, silence
+from llmcompressor_moe.topology import Topology, text_config
 
 __all__ = ["divergence_without", "token_divergence"]
+
+# Logits that are in fp32 at a time: 64 MB for each of both models.
+_CHUNK = 1 << 24
 
 
 def token_divergence(
@@ -29,12 +34,16 @@ def token_divergence(
     :param other: logits of the same shape
     :param mask: boolean [batch, sequence], False for padding
     """
-    log_p = reference.float().log_softmax(-1)
-    log_q = other.float().log_softmax(-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    reference, other = (logits.flatten(0, -2) for logits in (reference, other))
+    tokens = torch.arange(len(reference), device=reference.device)
     if mask is not None:
-        divergence = divergence[mask.to(divergence.device)]
-    return float(divergence.sum(dtype=torch.float64)), divergence.numel()
+        tokens = tokens[mask.reshape(-1).to(tokens.device)]
+    total = torch.zeros((), dtype=torch.float64, device=reference.device)
+    for chunk in tokens.split(max(1, _CHUNK // reference.shape[-1])):
+        log_p = reference[chunk].float().log_softmax(-1)
+        log_q = other[chunk].float().log_softmax(-1)
+        total += (log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=torch.float64)
+    return float(total), len(tokens)
 
 
 def divergence_without(
@@ -46,9 +55,9 @@ def divergence_without(
 ) -> dict[int, float]:
     """Mean over tokens of KL(intact || without the part), for each part on its own.
 
-    Blocks before the part are not run again: the hidden states that enter the part are kept from the intact
-    run, so that all L parts together cost about L/2 forward passes over ``batches``. Parts that are bypassed
-    already stay so, in the reference as well.
+    Blocks before the part are not run again: what enters the part is kept from the intact run, so that all L parts
+    together cost about L/2 forward passes over ``batches``. Parts that are bypassed already stay so, in the
+    reference as well.
 
     :param candidates: block indices that go together: one for a block or an MoE layer, several for a run of
         blocks
@@ -58,24 +67,18 @@ def divergence_without(
     """
     candidates = list(candidates)
     sums = torch.zeros(len(candidates) + 1, dtype=torch.float64)
-    blocks = [model.get_submodule(block.name) for block in topology.blocks]
-    for batch in tqdm(batches, desc="Divergence", leave=False):
-        with _entering_hidden_states(blocks) as entering:
-            reference = run_once(model, batch)
-        mask = batch_mask(batch)
-        tokens = 0
-        for position, indices in enumerate(candidates):
-            with contextlib.ExitStack() as stack:
-                for earlier in blocks[: indices[0]]:
-                    stack.enter_context(bypassed(earlier, pass_through(earlier)))
-                if indices[0] in entering:
-                    # The last block before the part hands over what the intact model gave.
-                    stack.enter_context(_entering(blocks[: indices[0]], entering[indices[0]]))
-                for index in indices:
-                    stack.enter_context(_without(model, topology, index, part))
-                total, tokens = token_divergence(reference, run_once(model, batch), mask)
-            sums[position] += total
-        sums[-1] += tokens
+    firsts = {indices[0] for indices in candidates}
+    groups = _groups(batches, _token_bytes(model, len(firsts)), available_memory("cpu") // 4)
+    with tqdm(total=len(groups) * len(candidates), desc="Divergence", leave=False) as progress:
+        for group in groups:
+            intact = _run_intact(model, group, firsts)
+            for position, indices in enumerate(candidates):
+                with contextlib.ExitStack() as stack:
+                    for index in indices:
+                        stack.enter_context(_without(model, topology, index, part))
+                    sums[position] += _divergence(model, group, intact, indices[0])
+                progress.update()
+            sums[-1] += sum(_count(batch) for batch in group)
     sums = sum_over_ranks(sums)
     divergence = {
         indices[0]: float(total / sums[-1]) for indices, total in zip(candidates, sums, strict=False)
@@ -85,38 +88,81 @@ def divergence_without(
     return divergence
 
 
-@contextlib.contextmanager
-def _entering_hidden_states(blocks: Sequence[nn.Module]) -> Iterator[dict[int, torch.Tensor]]:
-    """Keep what enters each block but the first during one forward pass."""
-    entering: dict[int, torch.Tensor] = {}
+@dataclass
+class _Intact:
+    """What the intact model did with some batches.
 
-    def keep(index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering[index] = hidden_argument(args, kwargs)
+    :param logits: of each batch
+    :param entering: block index -> batch -> what the block before it returned
+    """
 
-        return hook
-
-    handles = [
-        block.register_forward_pre_hook(keep(index), with_kwargs=True)
-        for index, block in enumerate(blocks)
-        if index
-    ]
-    try:
-        yield entering
-    finally:
-        for handle in handles:
-            handle.remove()
+    logits: list[torch.Tensor]
+    entering: dict[int, dict[int, Any]]
 
 
-@contextlib.contextmanager
-def _entering(earlier: Sequence[nn.Module], hidden_states: torch.Tensor) -> Iterator[None]:
-    """Make the last of the blocks that are passed over hand on the given hidden states."""
-    last = earlier[-1]
-    handle = last.register_forward_hook(lambda _module, _args, output: replace_hidden(output, hidden_states))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _run_intact(model: PreTrainedModel, batches: Sequence[dict[str, Any]], firsts: set[int]) -> _Intact:
+    found = _Intact([], {})
+
+    def keep(block: int, snapshot: Snapshot) -> None:
+        if block + 1 in firsts:
+            # Copies: some blocks work on their input in place.
+            found.entering[block + 1] = tree_map_only(torch.Tensor, torch.clone, snapshot())
+
+    run_batches(
+        model,
+        batches,
+        None,
+        None,
+        on_logits=lambda _, logits: found.logits.append(logits),
+        on_block_done=keep,
+    )
+    return found
+
+
+def _divergence(
+    model: PreTrainedModel, batches: Sequence[dict[str, Any]], intact: _Intact, first: int
+) -> float:
+    """Sum over all tokens, with some parts bypassed, the first of them in block ``first``."""
+    totals = []
+
+    def compare(index: int, logits: torch.Tensor) -> None:
+        totals.append(token_divergence(intact.logits[index], logits, batch_mask(batches[index]))[0])
+
+    run_batches(
+        model,
+        batches,
+        None,
+        None,
+        on_logits=compare,
+        start_block=first,
+        resume=tree_map_only(torch.Tensor, torch.clone, intact.entering.get(first)),
+    )
+    return sum(totals)
+
+
+def _token_bytes(model: PreTrainedModel, entries: int) -> int:
+    """What `_Intact` takes per token, at most."""
+    config = text_config(model.config)
+    return 4 * (config.vocab_size + entries * config.hidden_size)
+
+
+def _groups(batches: Sequence[dict[str, Any]], token_bytes: int, memory: int) -> list[list[dict[str, Any]]]:
+    """Batches that are looked at together, at least one at a time."""
+    groups: list[list[dict[str, Any]]] = []
+    room = 0
+    for batch in batches:
+        size = batch["input_ids"].numel() * token_bytes
+        if not groups or size > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(batch)
+        room -= size
+    return groups
+
+
+def _count(batch: dict[str, Any]) -> int:
+    mask = batch_mask(batch)
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _without(

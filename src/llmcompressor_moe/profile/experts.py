@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from llmcompressor_moe.topology import expert_modules
 
-__all__ = ["ExpertCall", "routed_forward", "scattered_forward"]
+__all__ = ["ExpertCall", "routed_forward", "scattered_forward", "sums_by_expert"]
 
 # (expert index, token indices [n], inputs [n, hidden], router weights [n], outputs [n, hidden])
 ExpertCall = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -21,6 +21,7 @@ def routed_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     on_expert: ExpertCall | None = None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The experts' output, each expert run once on the tokens routed to it.
 
@@ -30,31 +31,37 @@ def routed_forward(
     :param top_k_index: [tokens, top_k] expert of each choice
     :param top_k_weights: [tokens, top_k] weight of each choice
     :param on_expert: called for every expert that has tokens, before weighting
+    :param keep: boolean [tokens], True for those that ``on_expert`` sees; None: all
     :return: [tokens, hidden]
     """
     modules = expert_modules(experts)
-    # One sort groups the choices by expert: one device synchronisation per layer, not one per expert.
-    order = torch.argsort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(top_k_index.reshape(-1), minlength=len(modules)).tolist()
-    tokens = order // top_k_index.shape[-1]
+    top_k = top_k_index.shape[-1]
+    chosen = top_k_index.reshape(-1)
+    order, counts = _grouped(chosen, None if keep is None else keep.repeat_interleave(top_k), len(modules))
+    tokens = order // top_k
     weights = top_k_weights.reshape(-1)[order]
     output = torch.zeros_like(hidden_states)
     start = 0
-    for index, count in enumerate(counts[: len(modules)]):
+    for module, (index, (kept, count)) in zip(modules, enumerate(counts), strict=False):
         if count:
-            chosen = tokens[start : start + count]
-            inputs = hidden_states[chosen]
-            result = modules[index](inputs)
-            if on_expert is not None:
-                on_expert(index, chosen, inputs, weights[start : start + count], result)
-            weighted = result * weights[start : start + count, None]
-            output.index_add_(0, chosen, weighted.to(output.dtype))
+            there = tokens[start : start + count]
+            inputs = hidden_states[there]
+            result = module(inputs)
+            gates = weights[start : start + count]
+            if on_expert is not None and kept:
+                on_expert(index, there[:kept], inputs[:kept], gates[:kept], result[:kept])
+            weighted = (result * gates[:, None]).to(output.dtype)
+            # On a CPU that others use as well index_add_ takes several times as long.
+            output.scatter_add_(0, there[:, None].expand_as(weighted), weighted)
         start += count
     return output
 
 
 def scattered_forward(
-    experts: nn.Module, hidden_states: torch.Tensor, on_expert: ExpertCall | None = None
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    on_expert: ExpertCall | None = None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same for experts that get every token once per expert, zeroed where it is not routed (Llama 4).
 
@@ -66,13 +73,43 @@ def scattered_forward(
     modules = expert_modules(experts)
     by_expert = hidden_states.view(len(modules), -1, hidden_states.shape[-1])
     output = torch.zeros_like(by_expert)
-    routed = by_expert.ne(0).any(dim=-1)
-    for index, module in enumerate(modules):
-        chosen = routed[index].nonzero().squeeze(-1)
-        if len(chosen):
-            inputs = by_expert[index, chosen]
+    chosen, tokens = by_expert.ne(0).any(dim=-1).nonzero(as_tuple=True)
+    order, counts = _grouped(chosen, None if keep is None else keep[tokens], len(modules))
+    tokens = tokens[order]
+    start = 0
+    for module, (index, (kept, count)) in zip(modules, enumerate(counts), strict=False):
+        if count:
+            there = tokens[start : start + count]
+            inputs = by_expert[index, there]
             result = module(inputs)
-            if on_expert is not None:
-                on_expert(index, chosen, inputs, torch.ones_like(chosen, dtype=result.dtype), result)
-            output[index, chosen] = result
+            if on_expert is not None and kept:
+                gates = torch.ones(kept, dtype=result.dtype, device=result.device)
+                on_expert(index, there[:kept], inputs[:kept], gates, result[:kept])
+            output[index, there] = result
+        start += count
     return output.reshape_as(hidden_states)
+
+
+def sums_by_expert(counts: Sequence[int], values: torch.Tensor) -> torch.Tensor:
+    """Sums over each expert's tokens, [columns, experts] in fp64 on the device of the values.
+
+    :param counts: tokens per expert
+    :param values: [tokens, columns], sorted by expert
+    """
+    lengths = torch.tensor(counts, device=values.device)
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, axis=0, unsafe=True).T
+
+
+def _grouped(
+    chosen: torch.Tensor, keep: torch.Tensor | None, num_experts: int
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """An order that groups choices by expert, the kept ones of each first, and how many are (kept, there at all)
+    per expert. One sort: the device is waited for once per layer, not once per expert.
+
+    :param chosen: [choices] expert of each; families that may skip name one past the last expert
+    :param keep: boolean [choices]
+    """
+    key = 2 * chosen if keep is None else 2 * chosen + ~keep
+    pairs = torch.bincount(key, minlength=2 * num_experts).tolist()[: 2 * num_experts]
+    counts = [(kept, kept + rest) for kept, rest in zip(pairs[::2], pairs[1::2], strict=True)]
+    return torch.argsort(key, stable=True), counts

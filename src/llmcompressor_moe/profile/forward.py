@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_distributed
-from compressed_tensors.offload import disable_offloading, get_execution_device, set_onload_device
+from compressed_tensors.offload import get_execution_device, set_onload_device
 from compressed_tensors.quantization import QuantizationStatus, disable_quantization, enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.dev import get_main_device
 from llmcompressor.utils.helpers import (
     DisableQuantization,
-    calibration_forward_context,
     disable_cache,
     disable_hf_kernels,
-    disable_lm_head,
     eval_context,
 )
-from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import distributed as dist
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.compat.compressed_tensors import is_offloaded
+from llmcompressor_moe.compat.llmcompressor.lm_head import lm_head_in_place
+from llmcompressor_moe.profile.lockstep import Snapshot, run_lockstep
 
 __all__ = [
     "batch_mask",
@@ -42,23 +38,6 @@ __all__ = [
 Batch = dict[str, Any]
 BatchStart = Callable[[int, Batch], None]
 
-# Functions that are called as they are and not traced (upstream's list).
-_TRACING_IGNORE = [
-    "_update_causal_mask",
-    "create_causal_mask",
-    "_update_mamba_mask",
-    "make_causal_mask",
-    "get_causal_mask",
-    "mask_interface",
-    "mask_function",
-    "_prepare_4d_causal_attention_mask",
-    "_prepare_fsmt_decoder_inputs",
-    "_prepare_4d_causal_attention_mask_with_cache_position",
-    "_update_linear_attn_mask",
-    "project_per_layer_inputs",
-    "_apply_attn_res",
-]
-
 
 def batch_mask(batch: Batch) -> torch.Tensor | None:
     """Boolean [batch, sequence]: True for tokens, False for padding; None when nothing is padded."""
@@ -71,29 +50,42 @@ def batch_mask(batch: Batch) -> torch.Tensor | None:
 def run_batches(
     model: PreTrainedModel,
     batches: Iterable[Batch],
-    on_batch: BatchStart,
-    description: str,
+    on_batch: BatchStart | None,
+    description: str | None,
     *,
     quantized: bool = False,
+    on_wave: Callable[[Sequence[int]], None] | None = None,
+    on_logits: Callable[[int, torch.Tensor], None] | None = None,
+    on_block_done: Callable[[int, Snapshot], None] | None = None,
+    start_block: int = 0,
+    resume: Mapping[int, Any] | None = None,
 ) -> None:
-    """One forward pass over ``batches`` that stops before the LM head.
+    """One forward pass over ``batches``, block by block, that stops before the LM head; see `lockstep`.
 
-    Hooks of other modifiers stay silent. An offloaded model is run block by block over all batches, so that
-    its weights travel once and not once per batch.
+    Hooks of other modifiers stay silent. Options are those of `options.run_options`.
 
     :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
+    :param description: beside the progress bar; None: no bar
     :param quantized: run modules that have a scheme as they will be served, and not in full precision
+    :param on_logits: called with a batch's index and its logits; with it the LM head runs
+    :param on_wave: this and the others: see `lockstep.run_lockstep`
     """
     if is_offloaded(model):
-        with HooksMixin.disable_hooks(), _quantization(model, quantized):
-            _run_block_by_block(model, list(batches), on_batch, description)
-        return
-    with forwards(model, quantized=quantized), disable_lm_head(model):
-        device = get_execution_device(model)
-        for index, batch in enumerate(tqdm(batches, desc=description, leave=False)):
-            batch = to_device(batch, device)
-            on_batch(index, batch)
-            model(**batch)
+        set_onload_device(model, get_main_device())
+    device = get_execution_device(model)
+    head = lm_head_in_place(model) if on_logits is not None else contextlib.nullcontext()
+    with forwards(model, quantized=quantized), head:
+        run_lockstep(
+            model,
+            [to_device(batch, device) for batch in batches],
+            description=description,
+            on_batch=on_batch,
+            on_wave=on_wave,
+            on_logits=on_logits,
+            on_block_done=on_block_done,
+            start_block=start_block,
+            resume=resume,
+        )
 
 
 def _quantize_if_calibrated(module: torch.nn.Module) -> None:
@@ -119,8 +111,9 @@ def quantized_as_calibrated(model: torch.nn.Module) -> Iterator[None]:
 
 def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits of one batch, [batch, sequence, vocabulary], with other modifiers' hooks silent."""
-    with forwards(model):
-        return model(**to_device(batch, get_execution_device(model))).logits
+    found: list[torch.Tensor] = []
+    run_batches(model, [batch], None, None, on_logits=lambda _index, logits: found.append(logits))
+    return found[0]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -147,62 +140,13 @@ def forwards(model: PreTrainedModel, *, quantized: bool = False) -> Iterator[Non
     """
     with (
         HooksMixin.disable_hooks(),
-        _quantization(model, quantized),
+        quantized_as_calibrated(model) if quantized else DisableQuantization(model),
         torch.no_grad(),
         disable_cache(model),
         eval_context(model),
         disable_hf_kernels(model),
     ):
         yield
-
-
-def _quantization(model: PreTrainedModel, quantized: bool) -> contextlib.AbstractContextManager[Any]:
-    return quantized_as_calibrated(model) if quantized else DisableQuantization(model)
-
-
-def _run_block_by_block(
-    model: PreTrainedModel, batches: list[Batch], on_batch: BatchStart, description: str
-) -> None:
-    if not batches:
-        return
-    onload = get_main_device()
-    set_onload_device(model, onload)
-    subgraphs = trace_subgraphs(model, batches[0], infer_sequential_targets(model), _TRACING_IGNORE)
-    for subgraph in subgraphs:
-        _use_real_configs(subgraph, model)
-    with calibration_forward_context(model):
-        activations = IntermediatesCache.from_dataloader(batches, onload, torch.device("cpu"))
-        for step, subgraph in enumerate(tqdm(subgraphs, desc=description, leave=False)):
-            last = step == len(subgraphs) - 1
-            with disable_offloading():
-                for index, batch in enumerate(batches):
-                    on_batch(index, batch)
-                    outputs = subgraph.forward(model, **activations.fetch(index, subgraph.input_names))
-                    if not last:
-                        activations.update(index, outputs)
-                        activations.delete(index, subgraph.consumed_names)
-
-
-def _use_real_configs(subgraph: Subgraph, model: PreTrainedModel) -> None:
-    """Give traced calls the model's own config objects.
-
-    Tracing rebuilds a config that is an argument (of a mask function, say) from its fields and so loses which
-    attention is in use: the mask is then left out, and eager attention without a mask sees the future.
-    """
-    configs = {
-        type(config): config for config in (getattr(module, "config", None) for module in model.modules())
-    }
-    for node in subgraph.graph.nodes:
-        if node.op == "call_function" and node.target in configs:
-            node.target, node.kwargs = _returns(configs[node.target]), {}
-
-
-def _returns(value: Any) -> Callable[[], Any]:
-    def config() -> Any:
-        return value
-
-    config.__qualname__ = config.__name__ = f"config_{id(value)}"
-    return config
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

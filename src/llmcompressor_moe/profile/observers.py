@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +11,48 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llmcompressor_moe.profile.data import ExpertProfile, Statistic, require_finite
+from llmcompressor_moe.profile.experts import sums_by_expert
 from llmcompressor_moe.profile.observing import Observer, RoutedObserver, first_tensor, hidden_argument
 from llmcompressor_moe.profile.routers import RouterReader
+from llmcompressor_moe.profile.tally import Tally
 from llmcompressor_moe.topology import Block, expert_modules
 
 __all__ = ["BlockObserver", "ExpertsObserver", "RunObserver"]
 
 # Redundancy runs every expert on the same tokens, so it looks at a sample of them.
 _REDUNDANCY_TOKENS_PER_BATCH = 16
+# Of all experts' outputs that are held at once, in fp32: 512 MB.
+_REDUNDANCY_VALUES = 1 << 27
 
 
 def similarity_sum(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Sum over tokens of the cosine between two [batch, sequence, hidden] tensors, computed in fp32, summed
-    in fp64.
+    in fp64, and the number of tokens.
 
     Families with several residual streams ([batch, sequence, streams, hidden]) are compared over all of them
     at once.
     """
     before, after = (values.flatten(2) if values.ndim > 3 else values for values in (before, after))
-    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1).double()
+    count = cosine.new_full((), cosine.numel())
     if mask is not None and mask.numel() == cosine.numel():
-        cosine = cosine.reshape(-1)[mask.reshape(-1)]
-    return torch.stack(
-        [cosine.sum(dtype=torch.float64), torch.tensor(float(cosine.numel()), device=cosine.device)]
-    )
+        keep = mask.to(cosine.device).reshape_as(cosine)
+        cosine, count = torch.where(keep, cosine, 0.0), keep.sum()
+    return torch.stack([cosine.sum(), count.double()])
+
+
+@dataclass
+class _Inside:
+    """What one batch has brought into a block.
+
+    :param entered: what entered the block
+    :param norm: what entered the last norm, and what it gave
+    :param moe: what the MoE layer is compared with, and what it gave
+    """
+
+    entered: torch.Tensor
+    norm: tuple[torch.Tensor, torch.Tensor] | None = None
+    moe: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class BlockObserver(Observer):
@@ -53,11 +72,9 @@ class BlockObserver(Observer):
             for block in layers
             if block.moe is not None and not block.moe.inline
         }
-        self._block_sums = {index: torch.zeros(2, dtype=torch.float64) for index in self._modules}
-        self._layer_sums = {index: torch.zeros(2, dtype=torch.float64) for index in self._moes}
-        self._input: torch.Tensor | None = None
-        self._norm: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._moe: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._block_sums = {index: Tally(2) for index in self._modules}
+        self._layer_sums = {index: Tally(2) for index in self._moes}
+        self._inside: dict[int, _Inside] = {}
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -76,7 +93,13 @@ class BlockObserver(Observer):
 
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
-        return [*self._block_sums.values(), *self._layer_sums.values()]
+        return [sums.total for sums in (*self._block_sums.values(), *self._layer_sums.values())]
+
+    def block_done(self, block: int) -> None:
+        """Move its sums to the CPU."""
+        for sums in (self._block_sums, self._layer_sums):
+            if block in sums:
+                _ = sums[block].total
 
     def block_similarity(self) -> dict[int, float]:
         """Mean cosine per block."""
@@ -87,35 +110,37 @@ class BlockObserver(Observer):
         return {index: _mean(sums) for index, sums in self._layer_sums.items()}
 
     def _before_block(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input, self._norm, self._moe = hidden_argument(args, kwargs), None, None
+        self._inside[self._batch] = _Inside(hidden_argument(args, kwargs))
 
     def _after_norm(self, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if self._moe is None:
-            self._norm = (first_tensor(args), output)
+        inside = self._inside[self._batch]
+        if inside.moe is None:
+            inside.norm = (first_tensor(args), output)
 
     def _after_moe(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        inside = self._inside[self._batch]
         received = hidden_argument(args, kwargs)
         before = received
-        if self._norm is not None and self._norm[1].data_ptr() == received.data_ptr():
-            before = self._norm[0]
-        self._moe = (before, first_tensor(output))
+        if inside.norm is not None and inside.norm[1].data_ptr() == received.data_ptr():
+            before = inside.norm[0]
+        inside.moe = (before, first_tensor(output))
 
     def _after_block(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            inside = self._inside.pop(self._batch)
             after = first_tensor(output)
-            self._block_sums[index] += similarity_sum(self._input, after, self._mask).cpu()
-            if self._moe is not None and index in self._layer_sums:
-                before, moe_output = self._moe
+            self._block_sums[index].add(similarity_sum(inside.entered, after, self._mask))
+            if inside.moe is not None and index in self._layer_sums:
+                before, moe_output = inside.moe
                 if before.numel() != after.numel():
                     # Several residual streams: the layer reads one mixture of them, and adds to that.
                     before = before.reshape(*after.shape[:2], -1)
                     after = before + moe_output.reshape_as(before)
-                elif before.data_ptr() == self._input.data_ptr():
+                elif before.data_ptr() == inside.entered.data_ptr():
                     before = after - moe_output.reshape_as(after)
-                self._layer_sums[index] += similarity_sum(before.reshape_as(after), after, self._mask).cpu()
-            self._input = self._norm = self._moe = None
+                self._layer_sums[index].add(similarity_sum(before.reshape_as(after), after, self._mask))
 
         return hook
 
@@ -128,9 +153,7 @@ class RunObserver(Observer):
         self._indices = [block.index for block in blocks]
         self._modules = [model.get_submodule(block.name) for block in blocks]
         self._length = length
-        self._sums = {
-            index: torch.zeros(2, dtype=torch.float64) for index in self._indices[: len(blocks) - length + 1]
-        }
+        self._sums = {index: Tally(2) for index in self._indices[: len(blocks) - length + 1]}
         # (position, batch) -> input of the block there; kept until the run that starts there has ended.
         self._inputs: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -144,7 +167,7 @@ class RunObserver(Observer):
 
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
-        return list(self._sums.values())
+        return [sums.total for sums in self._sums.values()]
 
     def similarity(self) -> dict[int, float]:
         """First block of a run -> mean cosine."""
@@ -153,10 +176,8 @@ class RunObserver(Observer):
     def _before(self, position: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._indices[position] in self._sums:
-                hidden = hidden_argument(args, kwargs)
-                # Block by block, all batches wait here at once: keep them off the accelerator.
-                waiting = any(batch != self._batch for _, batch in self._inputs)
-                self._inputs[position, self._batch] = hidden.cpu() if waiting else hidden
+                # All batches are kept at once: off the accelerator.
+                self._inputs[position, self._batch] = hidden_argument(args, kwargs).cpu()
 
         return hook
 
@@ -167,8 +188,7 @@ class RunObserver(Observer):
             if first >= 0:
                 after = first_tensor(output)
                 before = self._inputs.pop((first, self._batch)).to(after.device)
-                sums = similarity_sum(before, after, self._mask).cpu()
-                self._sums[self._indices[first]] += sums
+                self._sums[self._indices[first]].add(similarity_sum(before, after, self._mask))
 
         return hook
 
@@ -186,12 +206,14 @@ class ExpertsObserver(RoutedObserver):
         self._limited = moe.groups_kept < moe.num_groups
         self._outputs = Statistic.OUTPUT in wanted
         self._redundancy = Statistic.REDUNDANCY in wanted
-        count = moe.num_experts
-        self._sums = torch.zeros(5, count, dtype=torch.float64)
-        self._similarity = torch.zeros(count + 1, count, dtype=torch.float64)
+        # Tokens, router weights, probabilities, norms, weighted norms.
+        self._sums = Tally(5, moe.num_experts)
+        self._similarity = Tally(moe.num_experts + 1, moe.num_experts)
         # Not finite as soon as one output is not, whatever else is collected.
-        self._output_total = torch.zeros(1, dtype=torch.float64)
-        self._device_sums: torch.Tensor | None = None
+        self._output_total = Tally(1)
+        self._counts = [0] * moe.num_experts
+        self._weights: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -200,20 +222,21 @@ class ExpertsObserver(RoutedObserver):
 
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
-        if self._device_sums is not None:
-            self._sums += self._device_sums[:-1].cpu()
-            self._output_total += self._device_sums[-1, :1].cpu()
-            self._device_sums = None
-        return [self._sums, self._similarity, self._output_total]
+        return [sums.total for sums in (self._sums, self._similarity, self._output_total)]
+
+    def block_done(self, block: int) -> None:
+        """Move the sums to the CPU."""
+        if block == self._block:
+            self.accumulators()
 
     def profile(self) -> ExpertProfile:
         """The layer's statistics.
 
         :raises FloatingPointError: the experts' output is NaN or infinite
         """
-        require_finite(float(self._output_total), "sum of expert outputs", self._block)
-        tokens, gate, probability, norm, weighted = self._sums.tolist()
-        similarity = self._similarity[:-1] / self._similarity[-1].clamp(min=1)
+        require_finite(float(self._output_total.total), "sum of expert outputs", self._block)
+        tokens, gate, probability, norm, weighted = self._sums.total.tolist()
+        similarity = self._similarity.total[:-1] / self._similarity.total[-1].clamp(min=1)
         return ExpertProfile(
             routed_tokens=[int(count) for count in tokens],
             gate_weight=gate,
@@ -227,25 +250,33 @@ class ExpertsObserver(RoutedObserver):
     def on_expert(
         self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
     ) -> None:
-        """Add up counts, router weights and norms."""
-        accumulator = self._accumulator(outputs.device)
-        accumulator[0, index] += len(outputs)
-        accumulator[1, index] += weights.sum(dtype=torch.float64)
+        """Keep router weights and norms until the layer is through."""
+        self._counts[index] = len(weights)
+        self._weights.append(weights)
         if self._outputs:
-            norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-            accumulator[3, index] += norms.sum(dtype=torch.float64)
-            accumulator[4, index] += (weights.float() * norms).sum(dtype=torch.float64)
+            self._norms.append(torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32))
 
     def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep what tells of NaN, and compare the experts on a sample."""
-        self._accumulator(output.device)[5, 0] += output.sum(dtype=torch.float64)
+        """Add everything up, keep what tells of NaN, and compare the experts on a sample."""
+        self._output_total.add(output.sum(dtype=torch.float64))
+        if self._weights:
+            self._add_up()
         if self._redundancy:
             self._compare(tokens)
 
-    def _accumulator(self, device: torch.device) -> torch.Tensor:
-        if self._device_sums is None:
-            self._device_sums = torch.zeros(6, self._sums.shape[1], dtype=torch.float64, device=device)
-        return self._device_sums
+    def _add_up(self) -> None:
+        weights = torch.cat(self._weights).float()
+        columns = [torch.ones_like(weights), weights]
+        if self._outputs:
+            norms = torch.cat(self._norms)
+            columns += [norms, weights * norms]
+        sums = sums_by_expert(self._counts, torch.stack(columns, dim=1))
+        self._sums.add(sums[:2], slice(0, 2))
+        if self._outputs:
+            self._sums.add(sums[2:], slice(3, 5))
+        self._counts = [0] * len(self._counts)
+        self._weights.clear()
+        self._norms.clear()
 
     def _after_router(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         probability = None if self._limited else self._scores.probabilities(output)
@@ -253,19 +284,22 @@ class ExpertsObserver(RoutedObserver):
             return
         keep = self.kept(len(probability))
         if keep is not None:
-            probability = probability[keep]
-        self._accumulator(probability.device)[2] += probability.sum(dim=0, dtype=torch.float64)
+            probability = torch.where(keep.to(probability.device)[:, None], probability, 0.0)
+        self._sums.add(probability.sum(dim=0, dtype=torch.float64), 2)
 
     def _compare(self, tokens: torch.Tensor) -> None:
-        """Run all experts on an even sample of the batch's tokens and add up the cosines of their outputs."""
-        count = min(len(tokens), _REDUNDANCY_TOKENS_PER_BATCH)
-        sample = tokens[torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()]
-        outputs = torch.stack([module(sample) for module in expert_modules(self._experts)]).float()
-        unit = torch.nn.functional.normalize(outputs, dim=-1)
-        cosines = torch.einsum("eth,fth->ef", unit, unit)
-        self._similarity[:-1] += cosines.double().cpu()
-        self._similarity[-1] += len(sample)
+        """Run all experts on an even sample of the tokens and add up the cosines of their outputs."""
+        count = min(len(tokens), self._wave * _REDUNDANCY_TOKENS_PER_BATCH)
+        chosen = torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()
+        modules = expert_modules(self._experts)
+        for sample in tokens[chosen].split(max(1, _REDUNDANCY_VALUES // (len(modules) * tokens.shape[-1]))):
+            outputs = torch.stack([module(sample) for module in modules]).float()
+            unit = torch.nn.functional.normalize(outputs, dim=-1)
+            cosines = torch.einsum("eth,fth->ef", unit, unit)
+            self._similarity.add(cosines, slice(0, -1))
+        self._similarity.add(torch.full_like(cosines[0], count), -1)
 
 
-def _mean(sums: torch.Tensor) -> float:
-    return float(sums[0] / sums[1]) if sums[1] else float("nan")
+def _mean(sums: Tally) -> float:
+    total, count = sums.total.tolist()
+    return total / count if count else float("nan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
 from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
+from llmcompressor_moe.profile.lockstep import Snapshot
 from llmcompressor_moe.topology import Block
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "first_tensor",
     "hidden_argument",
     "observe_batches",
-    "start_batch",
 ]
 
 
@@ -46,10 +46,24 @@ class Observer:
         self._handles: list[RemovableHandle] = []
         self._mask: torch.Tensor | None = None
         self._batch = 0
+        self._wave = 1
 
     def start_batch(self, index: int, mask: torch.Tensor | None) -> None:
-        """Note the batch that comes next and its padding mask."""
-        self._batch, self._mask = index, mask
+        """Note the batch that comes next and its padding mask. Batches take turns, inside a block as well."""
+        self._batch, self._mask, self._wave = index, mask, 1
+
+    def start_wave(self, indices: Sequence[int], mask: torch.Tensor | None) -> None:
+        """Note the batches whose tokens enter the same experts next, in order, and the padding mask of them all.
+
+        :param mask: boolean [tokens of all batches]
+        """
+        self._wave, self._mask = len(indices), mask
+
+    def block_done(self, block: int) -> None:
+        """All batches have passed the block with this index: what is kept of it can leave the device."""
+
+    def finish(self) -> None:
+        """The pass is over."""
 
     def attach(self) -> list[RemovableHandle]:
         """Register the hooks."""
@@ -89,10 +103,16 @@ class RoutedObserver(Observer):
         if self._own_forward is not None:
             self._experts.forward = self._own_forward
 
+    def before_layer(self, tokens: int) -> None:
+        """Experts are about to see the tokens of one or more batches.
+
+        :param tokens: padding included
+        """
+
     def on_expert(
         self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
     ) -> None:
-        """One expert's work in one batch, padding left out.
+        """One expert's work on the tokens of one or more batches, padding left out; not called without any.
 
         :param inputs: [n, hidden]
         :param weights: [n] router weights (1 where the router scales the input instead)
@@ -100,16 +120,16 @@ class RoutedObserver(Observer):
         """
 
     def on_routing(self, chosen: torch.Tensor) -> None:
-        """The router's choice in one batch.
+        """The router's choice.
 
         :param chosen: boolean [tokens, experts], padding left out
         """
 
     def after_layer(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """The whole layer's work in one batch.
+        """The whole layer's work.
 
         :param tokens: [tokens, hidden] what entered the experts, padding left out
-        :param output: the experts' weighted sum
+        :param output: [tokens, hidden] the experts' weighted sum
         """
 
     def kept(self, tokens: int) -> torch.Tensor | None:
@@ -126,31 +146,29 @@ class RoutedObserver(Observer):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens = len(flat) if top_k_index is not None else len(flat) // self._count
         keep = self.kept(tokens)
+        if keep is not None:
+            keep = keep.to(flat.device)
+        self.before_layer(tokens)
 
         def watch(
-            index: int,
-            chosen: torch.Tensor,
-            inputs: torch.Tensor,
-            weights: torch.Tensor,
-            outputs: torch.Tensor,
+            index: int, _: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
         ) -> None:
-            if keep is not None:
-                kept = keep.to(chosen.device)[chosen]
-                inputs, weights, outputs = inputs[kept], weights[kept], outputs[kept]
             self.on_expert(index, inputs, weights, outputs)
 
         if top_k_index is not None:
-            result = routed_forward(self._experts, flat, top_k_index, top_k_weights, watch)
-            entered = flat
+            result = routed_forward(self._experts, flat, top_k_index, top_k_weights, watch, keep)
+            entered, summed = flat, result
         else:
-            result = scattered_forward(self._experts, flat, watch)
+            result = scattered_forward(self._experts, flat, watch, keep)
             # Every expert has its own copy of a token, zero where it is not routed.
             entered = flat.view(self._count, tokens, -1).abs().amax(dim=0)
+            summed = result.view(self._count, tokens, -1).sum(dim=0)
         chosen = self._choice(flat, top_k_index, tokens)
-        self.on_routing(chosen if keep is None else chosen[keep.to(chosen.device)])
-        result = result.reshape_as(hidden_states)
-        self.after_layer(entered if keep is None else entered[keep.to(entered.device)], result)
-        return result
+        if keep is not None:
+            chosen, entered, summed = chosen[keep], entered[keep], summed[keep]
+        self.on_routing(chosen)
+        self.after_layer(entered, summed)
+        return result.reshape_as(hidden_states)
 
     def _choice(self, flat: torch.Tensor, top_k_index: torch.Tensor | None, tokens: int) -> torch.Tensor:
         if top_k_index is None:
@@ -170,12 +188,6 @@ def attached(observers: Collection[Observer]) -> Iterator[None]:
         yield
 
 
-def start_batch(observers: Collection[Observer], index: int, batch: dict[str, Any]) -> None:
-    """Tell observers which batch comes next."""
-    for observer in observers:
-        observer.start_batch(index, batch_mask(batch))
-
-
 def observe_batches(
     model: PreTrainedModel,
     observers: Collection[Observer],
@@ -184,21 +196,76 @@ def observe_batches(
     *,
     quantized: bool = False,
     on_batch: Callable[[int, dict[str, Any]], None] | None = None,
+    on_logits: Callable[[int, torch.Tensor], None] | None = None,
 ) -> None:
     """Run ``model`` once over ``batches`` while observers watch; what they add up is summed over all ranks.
 
     :param description: beside the progress bar
     :param quantized: run quantized modules as they will be served
-    :param on_batch: called before each batch with its index
+    :param on_batch: called with each batch and its index before the model sees it
+    :param on_logits: see `run_batches`
     """
+    masks = _Masks()
 
     def start(index: int, batch: dict[str, Any]) -> None:
-        if on_batch is not None:
+        if masks.add(index, batch) and on_batch is not None:
             on_batch(index, batch)
-        start_batch(observers, index, batch)
+        for observer in observers:
+            observer.start_batch(index, masks[index])
+
+    def start_wave(indices: Sequence[int]) -> None:
+        mask = masks.together(indices)
+        for observer in observers:
+            observer.start_wave(indices, mask)
+
+    def done(block: int, _: Snapshot) -> None:
+        for observer in observers:
+            observer.block_done(block)
 
     with attached(observers):
-        run_batches(model, batches, start, description, quantized=quantized)
+        run_batches(
+            model,
+            batches,
+            start,
+            description,
+            quantized=quantized,
+            on_wave=start_wave,
+            on_logits=on_logits,
+            on_block_done=done,
+        )
     for observer in observers:
+        observer.finish()
         for accumulator in observer.accumulators():
             accumulator.copy_(sum_over_ranks(accumulator))
+
+
+class _Masks:
+    """Padding masks of batches, each made once."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int, torch.Tensor | None] = {}
+        self._ids: dict[int, torch.Tensor] = {}
+
+    def add(self, index: int, batch: dict[str, Any]) -> bool:
+        """Whether the batch is new."""
+        if index in self._masks:
+            return False
+        self._masks[index], self._ids[index] = batch_mask(batch), batch["input_ids"]
+        return True
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self._masks[index]
+
+    def together(self, indices: Sequence[int]) -> torch.Tensor | None:
+        """Boolean [tokens of all these batches], None when nothing is padded."""
+        masks = [self._masks[index] for index in indices]
+        if all(mask is None for mask in masks):
+            return None
+        return torch.cat(
+            [
+                torch.ones_like(self._ids[index], dtype=torch.bool).flatten()
+                if mask is None
+                else mask.flatten()
+                for index, mask in zip(indices, masks, strict=True)
+            ]
+        )

@@ -44,6 +44,7 @@ class _RoutingObserver(RoutedObserver):
         self._reader = (
             RouterReader(router, block.moe.num_experts, model.config) if router is not None else None
         )
+        self._block = block.index
         self._chosen: list[torch.Tensor] = []
         self._probabilities: list[torch.Tensor] = []
 
@@ -66,7 +67,12 @@ class _RoutingObserver(RoutedObserver):
 
     def on_routing(self, chosen: torch.Tensor) -> None:
         """Keep the choice."""
-        self._chosen.append(chosen.cpu())
+        self._chosen.append(chosen)
+
+    def block_done(self, block: int) -> None:
+        """Move what is kept to the CPU."""
+        if block == self._block:
+            self._chosen, self._probabilities = _on_cpu(self._chosen), _on_cpu(self._probabilities)
 
     def trace(self) -> RouterTrace:
         """Everything that was kept."""
@@ -89,7 +95,11 @@ class _RoutingObserver(RoutedObserver):
         if values is None:
             return
         keep = self.kept(len(values))
-        self._probabilities.append((values if keep is None else values[keep.to(values.device)]).cpu())
+        self._probabilities.append(values if keep is None else values[keep.to(values.device)])
+
+
+def _on_cpu(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat(values).cpu()] if values else []
 
 
 def trace_routing(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import align_modules, get_execution_device
+from compressed_tensors.offload import get_execution_device
 from compressed_tensors.quantization import enable_quantization
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import nn
 
+from llmcompressor_moe.profile.computing import computed_in, fast_dtype, stored_dtype
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
 from llmcompressor_moe.profile.samples import LayerSample, collect_samples
@@ -49,7 +50,13 @@ def observe_reference(
         apart=apart,
         traces=trace_routing(session.model, topology, batches, skip_layers=skip_layers),
         samples=collect_samples(
-            session.model, topology, batches, _TOKENS_PER_EXPERT, skip_layers=skip_layers
+            session.model,
+            topology,
+            batches,
+            _TOKENS_PER_EXPERT,
+            skip_layers=skip_layers,
+            # The samples of all layers wait until the model is quantized.
+            keep_in=stored_dtype(session.model),
         ),
         expert_ids={layer: session.expert_ids(layer) for layer in session.layers},
     )
@@ -103,9 +110,10 @@ def _measured_errors(
             if not len(work.inputs):
                 continue
             expert.apply(enable_quantization)
-            with align_modules(list(expert.modules())), HooksMixin.disable_hooks():
-                device = get_execution_device(next(expert.children()))
-                outputs = expert(work.inputs.to(device))
+            device = get_execution_device(next(expert.children()))
+            dtype = fast_dtype(work.inputs.dtype, device)
+            with computed_in(expert.modules(), dtype), HooksMixin.disable_hooks():
+                outputs = expert(work.inputs.to(device, dtype))
             gates = work.weights.double().square()
             difference = (work.outputs.double() - outputs.cpu().double()).square().sum(dim=-1)
             sums[0, column] = (gates * difference).sum()

@@ -15,7 +15,7 @@ from llmcompressor_moe.profile.samples import ExpertSample, LayerSample
 from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.quantization.trial import Trial
 
-__all__ = ["LayerMeasurement", "measure_candidates"]
+__all__ = ["LayerMeasurement", "measure_candidates", "measure_layer"]
 
 
 @dataclass
@@ -51,18 +51,24 @@ def measure_candidates(
     :param samples: block index -> what the experts did on calibration data
     :return: block index -> measurement, the same on all ranks
     """
-    tried = [candidate for candidate in candidates if candidate.scheme is not None]
     found = {}
     for layer in tqdm(experts, desc="Trying schemes", leave=False):
-        found[layer] = _measure_layer(experts[layer], samples[layer], tried)
+        found[layer] = measure_layer(experts[layer], samples[layer], candidates)
     return found
 
 
-def _measure_layer(
+def measure_layer(
     experts: Sequence[nn.Module], sample: LayerSample, candidates: Sequence[Candidate]
 ) -> LayerMeasurement:
+    """Try every candidate on every expert of one layer.
+
+    :param experts: linearized experts
+    :param sample: what they did on calibration data
+    :return: the same on all ranks
+    """
+    tried = [candidate for candidate in candidates if candidate.scheme is not None]
     device = get_execution_device(next(experts[0].children()))
-    trials = {candidate.name: Trial(experts[0], candidate, device) for candidate in candidates}
+    trials = {candidate.name: Trial(experts[0], candidate, device) for candidate in tried}
     # Row 0: weight of the tried tokens; rows 1..: error per candidate.
     sums = torch.zeros(1 + len(trials), len(experts), dtype=torch.float64)
     weight_error = {name: [0.0] * len(experts) for name in trials}

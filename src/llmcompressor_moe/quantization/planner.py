@@ -16,7 +16,7 @@ from llmcompressor_moe.checkpoint.quantized_names import patterns_for
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.samples import LayerSample, collect_samples, empty_sample
 from llmcompressor_moe.quantization.footprint import expert_sizes, rest_size
-from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates
+from llmcompressor_moe.quantization.measure import LayerMeasurement, measure_candidates, measure_layer
 from llmcompressor_moe.quantization.planning import Budget, choose_schemes, mean_bits
 from llmcompressor_moe.quantization.report import LayerPlan, QuantReport
 from llmcompressor_moe.quantization.schemes import UNQUANTIZED, Candidate
@@ -239,18 +239,24 @@ class Planner:
         """
         session = self.session
         modules = {layer: session.experts(layer) for layer in self.experts}
-        samples: Mapping[int, LayerSample]
-        if batches:
-            samples = collect_samples(
-                session.model,
-                session.topology_now(),
-                batches,
-                self.settings.sample_tokens,
-                skip_layers=skip_layers,
-            )
-        else:
+        if not batches:
             samples = {layer: empty_sample(len(experts)) for layer, experts in modules.items()}
-        return measure_candidates(modules, samples, self.settings.candidates)
+            return measure_candidates(modules, samples, self.settings.candidates)
+        found: dict[int, LayerMeasurement] = {}
+
+        def measure(layer: int, sample: LayerSample) -> None:
+            found[layer] = measure_layer(modules[layer], sample, self.settings.candidates)
+
+        # Each layer as soon as its sample is there: the samples of all layers together may not fit in memory.
+        collect_samples(
+            session.model,
+            session.topology_now(),
+            batches,
+            self.settings.sample_tokens,
+            skip_layers=skip_layers | (session.topology.moe_layers.keys() - modules.keys()),
+            on_layer_done=measure,
+        )
+        return found
 
     def _planned(self, saved: QuantReport, shrinks: bool) -> dict[int, list[str]]:
         """Layer -> scheme per expert, as a saved plan has it."""

@@ -17,6 +17,7 @@ from llmcompressor.modifiers.quantization.calibration import initialize_observer
 from llmcompressor.observers import fuse_weight_observers
 from torch import nn
 
+from llmcompressor_moe.profile.computing import computed_in
 from llmcompressor_moe.quantization.schemes import Candidate, needs_static_inputs
 
 __all__ = ["Trial", "twin_of"]
@@ -69,7 +70,8 @@ class Trial:
         """Quantize an expert's weights and run it.
 
         :param expert: its weights on the trial's device
-        :param inputs: [n, hidden] on the trial's device
+        :param inputs: [n, hidden] on the trial's device, in the dtype to compute in (weights are rounded in the
+            dtype that they are stored in)
         :return: outputs [n, hidden]; squared Frobenius norm of what rounding changed in all weights
         """
         changed = 0.0
@@ -89,8 +91,10 @@ class Trial:
             linear.weight.copy_(rounded)
             # Rounded weights are in place; only inputs are left to do on the way.
             (enable_quantization if self._has_inputs else disable_quantization)(linear)
-        outputs = self._twin(inputs) if len(inputs) else inputs
-        return outputs, changed
+        if not len(inputs):
+            return inputs, changed
+        with computed_in(self._twin.modules(), inputs.dtype):
+            return self._twin(inputs), changed
 
     def _calibrate_inputs(self, inputs: torch.Tensor) -> None:
         handles = []
@@ -100,7 +104,8 @@ class Trial:
             handles.append(
                 linear.register_forward_pre_hook(lambda module, args: module.input_observer(args[0]) and None)
             )
-        self._twin(inputs)
+        with computed_in(self._twin.modules(), inputs.dtype):
+            self._twin(inputs)
         for handle in handles:
             handle.remove()
         update_qparams(list(self._linears.values()), _INPUTS)

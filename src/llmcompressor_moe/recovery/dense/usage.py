@@ -18,6 +18,7 @@ from llmcompressor_moe.profile.observing import (
     hidden_argument,
     observe_batches,
 )
+from llmcompressor_moe.profile.tally import Tally
 from llmcompressor_moe.recovery.dense.parts import FeedForward, shared
 from llmcompressor_moe.topology import Block, Topology, expert_modules
 
@@ -54,22 +55,29 @@ class _UsageObserver(RoutedObserver):
         self._moe = model.get_submodule(block.moe.module)
         self._shared = [model.get_submodule(path) for path in shared(model, block)]
         width = self._downs[0].weight.shape[1]
+        self._block = block.index
         self._inner: dict[int, torch.Tensor] = {}
-        self._parts: dict[int, torch.Tensor] = {}
-        self.gate_weight = torch.zeros(len(modules), dtype=torch.float64)
-        self.neuron_output = torch.zeros(len(modules), width, dtype=torch.float64)
-        self.products = torch.zeros(1 + len(self._shared), 2 + len(self._shared), dtype=torch.float64)
-        self.tokens = torch.zeros(1, dtype=torch.float64)
+        # (batch, part) -> what it gave
+        self._parts: dict[tuple[int, int], torch.Tensor] = {}
+        self._gate_weight = Tally(len(modules))
+        self._neuron_output = Tally(len(modules), width)
+        self._products = Tally(1 + len(self._shared), 2 + len(self._shared))
+        self._tokens = torch.zeros(1, dtype=torch.float64)
 
     def accumulators(self) -> list[torch.Tensor]:
-        return [self.gate_weight, self.neuron_output, self.products, self.tokens]
+        tallies = (self._gate_weight, self._neuron_output, self._products)
+        return [*(tally.total for tally in tallies), self._tokens]
+
+    def block_done(self, block: int) -> None:
+        if block == self._block:
+            self.accumulators()
 
     def attach(self) -> list[RemovableHandle]:
         handles = super().attach()
         for index, down in enumerate(self._downs):
             handles.append(down.register_forward_pre_hook(self._keep_inner(index)))
-        for index, module in enumerate(self._shared):
-            handles.append(module.register_forward_hook(self._keep_part(index + 1)))
+        for index, module in enumerate([self._experts, *self._shared]):
+            handles.append(module.register_forward_hook(self._keep_part(index)))
         return [*handles, self._moe.register_forward_hook(self._add_products)]
 
     def _keep_inner(self, index: int) -> Callable[..., None]:
@@ -80,34 +88,31 @@ class _UsageObserver(RoutedObserver):
 
     def _keep_part(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._parts[index] = first_tensor(output)
+            self._parts[self._batch, index] = first_tensor(output)
 
         return hook
-
-    def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._parts[0] = result = super()._forward(*args, **kwargs)
-        return result
 
     def on_expert(
         self, index: int, inputs: torch.Tensor, weights: torch.Tensor, outputs: torch.Tensor
     ) -> None:
         inner = self._inner.pop(index)
-        self.gate_weight[index] += float(weights.double().sum())
-        amount = (inner.abs().float() * weights.float()[:, None]).sum(dim=0)
-        self.neuron_output[index] += amount.double().cpu()
+        self._gate_weight.add(weights.sum(dtype=torch.float64), index)
+        self._neuron_output.add((inner.abs().float() * weights.float()[:, None]).sum(dim=0), index)
 
     def _add_products(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         whole = first_tensor(output)
-        rows = [self._parts[index].reshape(-1).double() for index in range(1 + len(self._shared))]
+        parts = [self._parts.pop((self._batch, index)) for index in range(1 + len(self._shared))]
+        rows = [part.reshape(-1).double() for part in parts]
         columns = [*rows, whole.reshape(-1).double()]
-        self.products += torch.stack([torch.stack([(a * b).sum() for b in columns]) for a in rows]).cpu()
-        self.tokens += whole.numel() // whole.shape[-1]
-        self._parts.clear()
+        self._products.add(torch.stack([torch.stack([(a * b).sum() for b in columns]) for a in rows]))
+        self._tokens += whole.numel() // whole.shape[-1]
 
     def usage(self) -> LayerUsage:
-        left, right = self.products[:, :-1], self.products[:, -1]
+        left, right = self._products.total[:, :-1], self._products.total[:, -1]
         factors = torch.linalg.pinv(left, hermitian=True) @ right
-        return LayerUsage(int(self.tokens), self.gate_weight, self.neuron_output, tuple(factors.tolist()))
+        return LayerUsage(
+            int(self._tokens), self._gate_weight.total, self._neuron_output.total, tuple(factors.tolist())
+        )
 
 
 def collect_usage(

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.compat.llmcompressor.lm_head import lm_head_in_place
 from llmcompressor_moe.profile.forward import batch_mask, forwards, sum_over_ranks, to_device
-from llmcompressor_moe.profile.observing import Observer, RoutedObserver, attached, start_batch
+from llmcompressor_moe.profile.observing import Observer, RoutedObserver, attached, observe_batches
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
 from llmcompressor_moe.recovery.losses import TopLogits, top_logits_kl
 from llmcompressor_moe.topology import Topology
@@ -47,11 +46,12 @@ def record_outputs(
 
     :param observers: these watch
     """
-    with _routed(model, topology), attached(observers):
-        tops = []
-        for index, batch in enumerate(tqdm(batches, desc="Recording the output", leave=False)):
-            start_batch(observers, index, batch)
-            tops.append(_top(_logits(model, batch)))
+    tops: list[TopLogits] = []
+
+    def keep(index: int, logits: torch.Tensor) -> None:
+        tops.append(_top(_tokens(logits, batches[index])))
+
+    observe_batches(model, observers, batches, "Recording the output", on_logits=keep)
     return OutputRecord(batches, tops)
 
 
@@ -69,12 +69,15 @@ def mean_divergence(
     :param observers: these watch
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    with _routed(model, topology, quantized=quantized), attached(observers):
-        for index, (batch, top) in enumerate(zip(record.batches, record.tops, strict=True)):
-            start_batch(observers, index, batch)
-            logits = _logits(model, batch)
-            sums[0] += float(top_logits_kl(logits, _on(top, logits.device))) * len(logits)
-            sums[1] += len(logits)
+
+    def compare(index: int, logits: torch.Tensor) -> None:
+        flat = _tokens(logits, record.batches[index])
+        sums[0] += float(top_logits_kl(flat, _on(record.tops[index], flat.device))) * len(flat)
+        sums[1] += len(flat)
+
+    observe_batches(
+        model, observers, record.batches, "Judging the output", quantized=quantized, on_logits=compare
+    )
     total, tokens = sum_over_ranks(sums).tolist()
     return total / max(tokens, 1.0)
 
@@ -102,7 +105,11 @@ def _routed(model: PreTrainedModel, topology: Topology, *, quantized: bool = Fal
 
 def _logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """[tokens that are no padding, vocabulary]."""
-    logits = model(**to_device(batch, get_execution_device(model))).logits
+    return _tokens(model(**to_device(batch, get_execution_device(model))).logits, batch)
+
+
+def _tokens(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    """[tokens that are no padding, vocabulary]."""
     flat, mask = logits.flatten(0, -2), batch_mask(batch)
     return flat if mask is None else flat[mask.reshape(-1).to(flat.device)]
 

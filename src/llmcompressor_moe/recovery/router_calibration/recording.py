@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.profile.computing import stored_dtype
 from llmcompressor_moe.profile.observing import (
     Observer,
-    RoutedObserver,
     first_tensor,
     hidden_argument,
     observe_batches,
@@ -48,9 +48,12 @@ class LayerRecorder(Observer):
             f"{block.name}.{name}": child for name, child in parent.named_children() if "norm" in name
         }
         self._per_batch = per_batch
+        self._block = block.index
+        self._dtype = stored_dtype(model)
         self._inputs: list[torch.Tensor] = []
         self._outputs: list[torch.Tensor] = []
-        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
+        # Batch -> the last norm, what entered it and what it gave.
+        self._last: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
         self._norm: str | None = None
 
     def attach(self) -> list[RemovableHandle]:
@@ -60,13 +63,20 @@ class LayerRecorder(Observer):
             self._moe.register_forward_hook(self._after_moe, with_kwargs=True),
         ]
 
+    def block_done(self, block: int) -> None:
+        """Move what is kept to the CPU."""
+        if block == self._block:
+            self._inputs, self._outputs = (
+                [value.cpu() for value in values] for values in (self._inputs, self._outputs)
+            )
+
     def record(self) -> LayerRecord:
         """Everything that was kept."""
         return LayerRecord(torch.cat(self._inputs), torch.cat(self._outputs), self._norm)
 
     def _after_norm(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            self._last = (name, first_tensor(args), output)
+            self._last[self._batch] = (name, first_tensor(args), output)
 
         return hook
 
@@ -74,9 +84,9 @@ class LayerRecorder(Observer):
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         received, self._norm = hidden_argument(args, kwargs), None
-        if self._last is not None and self._last[2].data_ptr() == received.data_ptr():
-            self._norm, received, _ = self._last
-        self._last = None
+        last = self._last.pop(self._batch, None)
+        if last is not None and last[2].data_ptr() == received.data_ptr():
+            self._norm, received, _ = last
         self._inputs.append(self._choose(received))
         self._outputs.append(self._choose(first_tensor(output)))
 
@@ -86,7 +96,8 @@ class LayerRecorder(Observer):
             flat = flat[self._mask.reshape(-1).to(flat.device)]
         count = min(len(flat), self._per_batch)
         # A copy, because a choice of rows would keep the whole batch alive where it is a view.
-        return flat[torch.linspace(0, len(flat) - 1, count, device=flat.device).round().long()].cpu()
+        chosen = flat[torch.linspace(0, len(flat) - 1, count, device=flat.device).round().long()]
+        return chosen.to(self._dtype)
 
 
 def layer_recorders(
@@ -125,9 +136,5 @@ def record_layers(
     :return: block index -> record of this rank's batches
     """
     recorders = layer_recorders(model, topology, layers, len(batches), tokens)
-    # Routed tokens only: upstream's experts run all tokens while a recipe calibrates.
-    routed = [RoutedObserver(model, block) for block in topology.blocks if block.index in recorders]
-    observe_batches(
-        model, [*routed, *recorders.values()], batches, "Recording MoE layers", quantized=quantized
-    )
+    observe_batches(model, recorders.values(), batches, "Recording MoE layers", quantized=quantized)
     return {index: recorder.record() for index, recorder in recorders.items()}
