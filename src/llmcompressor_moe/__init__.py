@@ -5,8 +5,10 @@ Importing this package registers its modifiers, so that YAML recipes can name th
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
+from llmcompressor_moe.checkpoint.opened import is_opened
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.compat.llmcompressor.linear_experts import register_linearizations
+from llmcompressor_moe.compat.llmcompressor.validation import accept_decoded_models
 from llmcompressor_moe.modifiers import (
     BlockDropModifier,
     ExpertDropModifier,
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 register_linearizations()
+accept_decoded_models(is_opened)
 for _modifier in (
     BlockDropModifier,
     ExpertDropModifier,

@@ -14,10 +14,10 @@ from compressed_tensors.offload import offload_module
 from compressed_tensors.offload.cache import DiskCache, OffloadCache
 from compressed_tensors.offload.cache.dist_disk import DistributedDiskCache
 from compressed_tensors.offload.utils import to_tensor
-from compressed_tensors.utils import patch_attr
 from torch import nn
 
 from llmcompressor_moe.checkpoint.sources import Source, Taken
+from llmcompressor_moe.compat.compressed_tensors import caches_of
 
 __all__ = ["forget", "read_from", "source_of", "take"]
 
@@ -97,7 +97,7 @@ def read_from(
                 if tensor is not None and tensor.device.type != "meta":
                     tensors[name] = _kept_in_memory(tensor)
     cache = DistributedCheckpointCache if is_distributed() else CheckpointCache
-    with patch_attr(OffloadCache, "cls_from_device", lambda *_: cache):
+    with caches_of(cache):
         for module in model.modules():
             offload_module(module, device, "disk", offload_dir=str(scratch))
 

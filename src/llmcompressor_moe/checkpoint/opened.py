@@ -30,6 +30,7 @@ from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.checkpoint.sources import Leaf, Source, recorded_copies
 from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
+from llmcompressor_moe.compat.transformers.building import build, initialize
 from llmcompressor_moe.topology import expert_modules, find_topology, text_config
 
 __all__ = ["OpenedCheckpoint", "OpenedModule", "open_model", "opened_from", "opened_module"]
@@ -107,6 +108,11 @@ def opened_module(module: nn.Module) -> OpenedModule | None:
 def opened_from(model: nn.Module) -> OpenedCheckpoint | None:
     """The checkpoint that a model was opened from; None for a model that was loaded."""
     return getattr(model, _ATTRIBUTE, None)
+
+
+def is_opened(model: nn.Module) -> bool:
+    """Whether a model reads from a checkpoint."""
+    return opened_from(model) is not None
 
 
 def keeps_stored_precision(model: nn.Module) -> bool:
@@ -201,8 +207,9 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
             f"architectures={config.architectures} is not a class of the installed transformers."
         )
     dtype = config.dtype or text_config(config).dtype or torch.bfloat16
+    config.dtype = dtype
     with load_trimmed_moe(), torch.device("meta"):
-        model = architecture._from_config(config, dtype=dtype)
+        model = build(architecture, config)
     with contextlib.suppress(OSError, ValueError):
         model.generation_config = GenerationConfig.from_pretrained(
             config._name_or_path, local_files_only=True
@@ -282,7 +289,7 @@ def _make_buffers(model: PreTrainedModel) -> None:
         if names:
             holders.append(module)
     for module in holders:
-        _owner(model, module)._init_weights(module)
+        initialize(_owner(model, module), module)
 
 
 def _owner(model: PreTrainedModel, module: nn.Module) -> PreTrainedModel:

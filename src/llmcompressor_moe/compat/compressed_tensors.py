@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from compressed_tensors.offload.cache.base import OffloadCache
+from compressed_tensors.utils import patch_attr
 
-__all__ = ["HOLDS_FOR", "is_offloaded"]
+__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded"]
 
 HOLDS_FOR = "compressed-tensors>=0.19,<0.20"
 
@@ -20,3 +24,13 @@ def is_offloaded(model: torch.nn.Module) -> bool:
     return any(
         isinstance(cache, OffloadCache) and cache.offload_device != cache.onload_device for cache in caches
     )
+
+
+@contextlib.contextmanager
+def caches_of(cache: type[OffloadCache]) -> Iterator[None]:
+    """Context in which `offload_module` gives modules caches of a class of ours.
+
+    compressed-tensors chooses the class by device and has no way to add one.
+    """
+    with patch_attr(OffloadCache, "cls_from_device", lambda *_: cache):
+        yield

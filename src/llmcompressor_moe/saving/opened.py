@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.config_file import edit_config
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, open_model, opened_from
+from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.saving.kept_quantization import describe_stored_quantization
 from llmcompressor_moe.saving.leftovers import leftover_tensors
 from llmcompressor_moe.saving.save import save_says_what_it_is
@@ -68,8 +69,7 @@ def open_moe(
     def save_pretrained(save_directory: str | Path, **kwargs: Any) -> None:
         _write(model, opened, Path(save_directory), **kwargs)
 
-    # Upstream wraps a method that lacks this mark.
-    save_pretrained._overridden = True
+    mark_wrapped(save_pretrained)
     model.save_pretrained = save_pretrained
     save_says_what_it_is(model, ConfigChanges(model.config))
     return model

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["blocks_built_by", "build", "class_for"]
+__all__ = ["blocks_built_by", "build", "class_for", "initialize"]
 
 Init = Callable[..., None]
 
@@ -71,6 +71,17 @@ def build(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMod
     out the dtype.
     """
     return cls._from_config(config)
+
+
+def initialize(model: PreTrainedModel, module: nn.Module) -> None:
+    """Give one module the values that it has in a new model.
+
+    ``initialize_weights`` is for whole models, and skips modules that it takes for done. Buffers that no
+    checkpoint holds get their values here alone.
+
+    :param model: the transformers model that the module is a part of
+    """
+    model._init_weights(module)
 
 
 def class_for(auto: type, config: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
