@@ -31,7 +31,7 @@ from llmcompressor_moe.checkpoint.sources import Leaf, Source, recorded_copies
 from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
 from llmcompressor_moe.compat.transformers.building import build, initialize
-from llmcompressor_moe.topology import expert_modules, find_topology, text_config
+from llmcompressor_moe.topology import MoELayer, expert_modules, find_topology, text_config
 
 __all__ = ["OpenedCheckpoint", "OpenedModule", "open_model", "opened_from", "opened_module"]
 
@@ -50,6 +50,7 @@ class OpenedCheckpoint:
         made of it
     :param stack: the model's path of the list of blocks
     :param num_blocks: blocks that it was opened with
+    :param moe_layers: MoE layers that it was opened with
     :param quantization: ``quantization_config`` of its config.json
     :param requantize: whether its weights are to be written decoded, so that a recipe can quantize them again
     :param scratch: folder for tensors that change
@@ -62,6 +63,7 @@ class OpenedCheckpoint:
     paths: dict[str, tuple[str, ...]]
     stack: str
     num_blocks: int
+    moe_layers: tuple[MoELayer, ...]
     quantization: dict[str, Any] | None
     requantize: bool
     scratch: Path
@@ -155,7 +157,7 @@ def open_model(
     folder = Path(tempfile.mkdtemp(prefix="opened-", dir=scratch))
     read_from(model, by_tensor, torch.device(device) if device else get_main_device(), folder)
     weakref.finalize(model, _clean, folder, list(by_tensor))
-    stack = find_topology(model).stack
+    topology = find_topology(model)
     paths: dict[str, list[str]] = {}
     for target, source in sources.items():
         for leaf in source.leaves():
@@ -166,8 +168,9 @@ def open_model(
         logical=logical,
         unused=frozenset(unused),
         paths={name: tuple(targets) for name, targets in paths.items()},
-        stack=stack,
-        num_blocks=len(model.get_submodule(stack)),
+        stack=topology.stack,
+        num_blocks=len(topology.blocks),
+        moe_layers=tuple(topology.moe_layers.values()),
         quantization=quantization,
         requantize=requantize,
         scratch=folder,

@@ -21,12 +21,14 @@ def write_model_card(
     *,
     quantized_experts: bool,
     research: bool,
+    mtp: str = "",
 ) -> None:
     """Write README.md into a checkpoint directory.
 
     :param history: what each modifier did, in order
     :param recipe: the recipe as YAML
     :param quantized_experts: whether experts are stored compressed
+    :param mtp: what became of multi-token-prediction layers
     :param research: vLLM cannot serve this checkpoint, and its user asked for it nevertheless
     """
     base = history[0].base_model if history else ""
@@ -48,6 +50,7 @@ def write_model_card(
     lines += [f"# {name}, compressed", ""]
     lines += [f"Made from `{origin}` with llm-compressor and llmcompressor-moe.", "", "## What was done", ""]
     lines += [f"- {report.describe()}" for report in history]
+    lines += [f"- {mtp}"] if mtp else []
     lines += [
         "",
         "`trimming.json` holds the scores and the original indices of everything that stayed.",

@@ -21,6 +21,7 @@ __all__ = ["describe_stored_quantization"]
 _FIELD = "quantization_config"
 # Lists of module names or patterns, by quantization method.
 _LISTS = ("ignore", "modules_to_not_convert", "ignored_layers")
+_MOST_MTP_LAYERS = 64
 _BLOCK = re.compile(r"(?<=\blayers\.)\d+(?=\.|$)")
 
 
@@ -38,7 +39,14 @@ def describe_stored_quantization(config: dict[str, Any], model: nn.Module, opene
             continue
         fields = holder[_FIELD]
         moves = _moves(model, opened)
-        blocks = dict.fromkeys(range(opened.num_blocks)) | block_numbers(model, opened)
+        left = block_numbers(model, opened)
+        # Blocks after the last one, which MTP layers are, move up.
+        after = range(opened.num_blocks, opened.num_blocks + _MOST_MTP_LAYERS)
+        blocks = (
+            dict.fromkeys(range(opened.num_blocks))
+            | left
+            | {index: index + len(left) - opened.num_blocks for index in after}
+        )
         for name in _LISTS:
             if fields.get(name):
                 fields[name] = _moved(fields[name], moves, blocks)

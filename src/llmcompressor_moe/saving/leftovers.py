@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, opened_module
+from llmcompressor_moe.saving.mtp import MtpPlan, cut_tensor, is_mtp
 from llmcompressor_moe.saving.shards import OutputTensor
 from llmcompressor_moe.saving.tensors import copied
 
@@ -24,17 +25,26 @@ def block_numbers(model: nn.Module, opened: OpenedCheckpoint) -> dict[int, int]:
     return found
 
 
-def leftover_tensors(model: nn.Module, opened: OpenedCheckpoint) -> Iterator[OutputTensor]:
-    """The tensors that a checkpoint holds beside those of the model."""
+def leftover_tensors(model: nn.Module, opened: OpenedCheckpoint, mtp: MtpPlan) -> Iterator[OutputTensor]:
+    """The tensors that a checkpoint holds beside those of the model.
+
+    :param mtp: what becomes of multi-token-prediction layers
+    """
     moved = block_numbers(model, opened)
     pattern = re.compile(rf"^({re.escape(opened.stored_stack)}\.)(\d+)(\..+)$")
     for name in sorted(opened.unused):
+        of_mtp = is_mtp(name, opened)
+        if of_mtp and not mtp.keep:
+            continue
         for part in opened.logical[name].parts:
             place = pattern.match(part)
-            if place is None:
-                yield copied(opened.stored, part, part)
-                continue
-            old = int(place[2])
-            new = moved.get(old) if old < opened.num_blocks else len(moved) + old - opened.num_blocks
-            if new is not None:
-                yield copied(opened.stored, part, f"{place[1]}{new}{place[3]}")
+            target = part
+            if place is not None:
+                old = int(place[2])
+                new = moved.get(old) if old < opened.num_blocks else len(moved) + old - opened.num_blocks
+                if new is None:
+                    continue
+                target = f"{place[1]}{new}{place[3]}"
+            yield from (
+                cut_tensor(mtp, opened, part, target) if of_mtp else [copied(opened.stored, part, target)]
+            )

@@ -18,9 +18,11 @@ from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, open_model, op
 from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.saving.kept_quantization import describe_stored_quantization
 from llmcompressor_moe.saving.leftovers import leftover_tensors
+from llmcompressor_moe.saving.mtp import plan_mtp
 from llmcompressor_moe.saving.save import save_says_what_it_is
 from llmcompressor_moe.saving.shards import write_shards
 from llmcompressor_moe.saving.tensors import output_tensors
+from llmcompressor_moe.surgery.config import switch_off_mtp
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 
 __all__ = ["open_moe"]
@@ -89,7 +91,11 @@ def _write(
     )
     if save_compressed:
         compressor.compress_model(model, skip_compressed=True)
-    tensors = [*output_tensors(model, opened), *leftover_tensors(model, opened)]
+    mtp = plan_mtp(model, opened, quantizes=compressor.quantization_config is not None)
+    if not mtp.keep:
+        switch_off_mtp(model.config)
+    model.__dict__["_mtp_note"] = mtp.note
+    tensors = [*output_tensors(model, opened), *leftover_tensors(model, opened, mtp)]
     with tqdm(
         desc="Writing", total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, leave=False
     ) as bar:

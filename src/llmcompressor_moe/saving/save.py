@@ -133,17 +133,18 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
         recipe.read_text() if recipe.exists() else "",
         quantized_experts=has_quantized_experts(model),
         research=is_research_only(model),
+        mtp=getattr(model, "_mtp_note", ""),
     )
 
 
 def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], list[str]]:
     """Give tensors the names of their family; return a function from a module's path to all names it goes by."""
+    names = expert_names(text_config(model.config).model_type)
+    known = names.spellings if names else lambda path: [path]
     opened = opened_from(model)
     if opened is not None:
         stored = stored_module_names(model, opened)
-        return lambda path: list(dict.fromkeys([path, stored.get(path, path)]))
-    names = expert_names(text_config(model.config).model_type)
-    if names is None:
-        return lambda path: [path]
-    rename_tensors(directory, names.apply)
-    return names.spellings
+        return lambda path: list(dict.fromkeys([*known(path), stored.get(path, path)]))
+    if names is not None:
+        rename_tensors(directory, names.apply)
+    return known

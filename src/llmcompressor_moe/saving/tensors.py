@@ -21,7 +21,7 @@ from llmcompressor_moe.checkpoint.sources import Leaf, Source, Taken
 from llmcompressor_moe.checkpoint.stored import TORCH_DTYPES, StoredTensors
 from llmcompressor_moe.saving.shards import FileRange, OutputTensor
 
-__all__ = ["copied", "moved_name", "output_tensors", "stored_module_names"]
+__all__ = ["copied", "moved_name", "output_tensors", "rows", "stored_module_names"]
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -153,7 +153,7 @@ class _Plan:
         (leaf,) = source.leaves()
         name = moved_name(leaf.name, old, now)
         if leaf.encoded is None and leaf is source.base:
-            self._put(_rows(self._stored, leaf.name, name, source.axis, source.kept), leaf.name)
+            self._put(rows(self._stored, leaf.name, name, source.axis, source.kept), leaf.name)
         else:
             self._put(_computed(name, source.meta, source.read), leaf.parts[0])
 
@@ -217,7 +217,7 @@ class _Plan:
         leaf, kept = fused.leaf, list(fused.experts)
         if not fused.changed and not (self._opened.requantize and leaf.encoded is not None):
             for part in leaf.parts:
-                self._put(_rows(self._stored, part, moved_name(part, fused.old, fused.now), 0, kept), part)
+                self._put(rows(self._stored, part, moved_name(part, fused.old, fused.now), 0, kept), part)
             return
         shape = (len(kept), *leaf.shape)
 
@@ -256,7 +256,11 @@ def _stored_module(origin: OpenedModule, path: str, opened: OpenedCheckpoint) ->
         old = origin.path_of(known)
         if leaf.expert is not None:
             holder = moved_name(leaf.name, old, f"{path}.{known}").rpartition(".")[0]
-            return ".".join([holder, *path.split(".")[-2:]]), leaf.parts[0]
+            *experts, expert, projection = path.split(".")
+            if holder.rpartition(".")[2] != experts[-1]:
+                # Fused under a name of its own; single experts have the model's.
+                return path, leaf.parts[0]
+            return f"{holder}.{expert}.{projection}", leaf.parts[0]
         module = leaf.name.removesuffix(f".{known}")
         if module != leaf.name:
             return moved_name(module, origin.path, path), leaf.parts[0]
@@ -298,8 +302,8 @@ def copied(stored: StoredTensors, stored_name: str, name: str) -> OutputTensor:
     )
 
 
-def _rows(stored: StoredTensors, stored_name: str, name: str, axis: int, kept: Sequence[int]) -> OutputTensor:
-    """Some entries of one axis of a stored tensor."""
+def rows(stored: StoredTensors, stored_name: str, name: str, axis: int, kept: Sequence[int]) -> OutputTensor:
+    """Some entries of one axis of a stored tensor, under a name."""
     info = stored.tensors[stored_name]
     shape = (*info.shape[:axis], len(kept), *info.shape[axis + 1 :])
     row = info.nbytes // math.prod(info.shape[: axis + 1])

@@ -8,6 +8,7 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.checkpoint.opened import is_opened
 from llmcompressor_moe.surgery.config import describe_layers, keep_blocks, switch_off_mtp
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import Topology, find_topology
@@ -56,7 +57,8 @@ def sync_config(model: PreTrainedModel) -> None:
         if any(isinstance(child, SkippedMoE) for child in model.get_submodule(block.name).children()):
             counts[block.index] = 0
     describe_layers(model.config, counts)
-    for name in switch_off_mtp(model.config):
+    # A model that was opened keeps the files' MTP layers in mind until it is saved.
+    for name in () if is_opened(model) else switch_off_mtp(model.config):
         logger.warning(
             f"{name} is set to 0: the multi-token-prediction layers were not loaded, so they could not be "
             f"trimmed like the rest. "
