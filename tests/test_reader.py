@@ -3,19 +3,25 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
+from hashlib import sha256
 
 import pytest
 import tiny_models
 import torch
-from cut_by_hand import EXPERTS, Cut, load, logits
+from cut_by_hand import EXPERTS, REMOVED, Cut, load, logits
+from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, load_quantizable_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
-from llmcompressor_moe import load_trimmed_moe
+from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, load_trimmed_moe, open_moe
+from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.surgery.skipped import SkippedMoE
-from llmcompressor_moe.topology import expert_modules
+from llmcompressor_moe.topology import expert_modules, find_topology
+
+NOT_LINEARIZABLE = ("ernie4_5_vl_moe", "minimax_m3_vl_text")
 
 
 @pytest.fixture(scope="module", params=tiny_models.buildable())
@@ -46,6 +52,57 @@ def test_cut_checkpoint_computes_what_the_uncut_model_does_without_those_parts(
         again, info = load(tmp_path / "again")
     assert not any(info.values()), info
     torch.testing.assert_close(logits(again), logits(model), atol=0, rtol=0)
+
+
+def test_opened_checkpoint_is_cut_to_the_same_bytes(cut: Cut, tmp_path: pathlib.Path) -> None:
+    if cut.model_type in NOT_LINEARIZABLE:
+        pytest.skip("llm-compressor cannot linearize its experts")
+    opened = open_moe(cut.whole)
+    opened.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(opened), logits(cut.model), atol=1e-4, rtol=1e-5)
+    released = as_released(cut.whole, tmp_path / "released")
+    before = hashes(released)
+    recipe = [ExpertDropModifier(experts={cut.fewer: REMOVED})]
+    if cut.dropped is not None:
+        recipe.append(LayerDropModifier(layers=[cut.dropped]))
+    model = open_moe(released)
+    exception = exception_for(find_topology(model).model_type)
+    if exception.refuse_expert_drop or exception.refuse_uneven or exception.refuse_layer_drop:
+        with pytest.raises(ValueError, match=r"cannot trim|must leave every layer"):
+            oneshot(model=model, recipe=recipe)
+        return
+    oneshot(model=model, recipe=recipe, output_dir=str(tmp_path / "out"))
+    assert hashes(tmp_path / "out") == hashes(cut.write(released, tmp_path / "by-hand"))
+    assert hashes(released) == before
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+
+
+def as_released(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    """The checkpoint in bfloat16 with vectors (score corrections, sinks, decays) in float32, and a processor."""
+    shutil.copytree(source, target)
+    tensors = {
+        name: tensor.bfloat16() if tensor.ndim > 1 and tensor.is_floating_point() else tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    for level in (config, config.get("text_config", {})):
+        level["dtype"] = "bfloat16"
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "preprocessor_config.json").write_text("{}")
+    return target
+
+
+def hashes(directory: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Tensor -> dtype, shape and hash of its bytes."""
+    return {
+        name: (str(tensor.dtype), tuple(tensor.shape), sha256(bytes_of(tensor)).hexdigest())
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_every_family_is_built_or_says_why_not() -> None:
