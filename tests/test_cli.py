@@ -301,12 +301,24 @@ def test_a_drop_that_does_not_fit_leaves_nothing_behind(model, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantized_model_is_refused(model, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "recipe", "said"),
+    [
+        ("gptq", EXPLICIT, "gptq"),
+        (
+            "fp8",
+            "default_stage: {default_modifiers: {RouterAwareQuantModifier: {target_bits: 5}}}",
+            "--requantize",
+        ),
+    ],
+)
+def test_what_is_stored_quantized_is_refused_before_it_is_read(model, tmp_path, method, recipe, said):
     raw = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "fp8"}}))
-    result = compress(model, EXPLICIT, tmp_path / "out")
+    (model / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": method}}))
+    result = compress(model, recipe, tmp_path / "out", "--dataset", "demo")
     assert result.exit_code == 2
-    assert "quant_method='fp8'" in result.output
+    assert said in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option, value", [("--pipeline", "both"), ("--dtype", "int3")])

@@ -11,9 +11,11 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llmcompressor.core.lifecycle
@@ -23,11 +25,14 @@ import peft.utils.transformers_weight_conversion as weight_conversion
 import pytest
 import tiny_models
 import torch
+from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
 from compressed_tensors.quantization import QuantizationArgs
+from llmcompressor.args import ModelArguments
 from llmcompressor.core import CompressionLifecycle, active_session, session_functions
 from llmcompressor.core.events import Event, EventType
 from llmcompressor.core.session import CompressionSession
+from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
@@ -67,7 +72,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe import compat
-from llmcompressor_moe.compat.compressed_tensors import is_offloaded
+from llmcompressor_moe.compat.compressed_tensors import caches_of, is_offloaded
 from llmcompressor_moe.compat.llmcompressor import calibration
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
     between_layers,
@@ -86,7 +91,7 @@ from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.compat.llmcompressor.training import active, training_session
 from llmcompressor_moe.compat.lm_eval import yaml_loader
 from llmcompressor_moe.compat.peft import adapt_exactly
-from llmcompressor_moe.compat.transformers.building import blocks_built_by, build, class_for
+from llmcompressor_moe.compat.transformers.building import blocks_built_by, build, class_for, initialize
 from llmcompressor_moe.compat.transformers.conversions import (
     own_conversions,
     own_mappings,
@@ -114,6 +119,7 @@ PUBLIC = {
     "_keep_in_fp32_modules_strict",
     "_keys_to_ignore_on_save",
     "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
     "_name_or_path",
     "_parameters",
     "_buffers",
@@ -773,3 +779,35 @@ def test_saving_is_wrapped_unless_marked() -> None:
     del model.save_pretrained
     modify_save_pretrained(model)
     assert model.save_pretrained._overridden
+
+
+# Opened checkpoints
+
+
+def test_oneshot_refuses_stored_precisions_by_the_files_alone(tmp_path: Path) -> None:
+    model = tiny_models.build("mixtral", num_layers=2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    model.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="already quantized in a different format"):
+        upstream_own(Oneshot.validate_model)(SimpleNamespace(model_args=ModelArguments(model=model)), model)
+
+
+def test_caches_are_chosen_by_device_alone() -> None:
+    assert arguments(OffloadCache.cls_from_device) == ["device"]
+    with caches_of(DiskCache):
+        assert OffloadCache.cls_from_device("cpu") is DiskCache
+    assert OffloadCache.cls_from_device("cpu") is CPUCache
+
+
+def test_a_module_is_initialized_alone() -> None:
+    assert arguments(PreTrainedModel._init_weights) == ["self", "module"]
+    model = tiny_models.build("mixtral", num_layers=1)
+    rotary = model.model.rotary_emb
+    expected = rotary.inv_freq.clone()
+    rotary.inv_freq.zero_()
+    initialize(model.model, rotary)
+    assert torch.equal(rotary.inv_freq, expected)

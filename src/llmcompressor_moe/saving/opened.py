@@ -94,7 +94,7 @@ def _write(
     mtp = plan_mtp(model, opened, quantizes=compressor.quantization_config is not None)
     if not mtp.keep:
         switch_off_mtp(model.config)
-    model.__dict__["_mtp_note"] = mtp.note
+    model._mtp_note = mtp.note
     tensors = [*output_tensors(model, opened), *leftover_tensors(model, opened, mtp)]
     with tqdm(
         desc="Writing", total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, leave=False
