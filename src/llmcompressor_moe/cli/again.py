@@ -19,8 +19,9 @@ def command_line(context: click.Context, **changes: Any) -> str:
         value = values.get(parameter.name)
         if value is None or value == parameter.get_default(context):
             continue
-        if isinstance(parameter, click.Option):
+        option = parameter.param_type_name == "option"
+        if option:
             words.append(max(parameter.opts, key=len))
-        if not (isinstance(parameter, click.Option) and parameter.is_flag):
+        if not (option and parameter.is_flag):
             words.append(str(value))
     return shlex.join(words)
