@@ -6,9 +6,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["OutputDirectoryError", "atomic_directory", "check_can_write"]
+from llmcompressor_moe.checkpoint.stored import CheckpointChangedError
+
+__all__ = ["OutputDirectoryError", "atomic_directory", "check_can_write", "unfinished_in"]
 
 # Files of an earlier checkpoint; everything else in the target (a tokenizer, notes) survives a save.
 _OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
@@ -16,6 +20,30 @@ _OF_A_CHECKPOINT = (".safetensors", ".safetensors.index.json")
 
 class OutputDirectoryError(OSError):
     """The output directory cannot be written."""
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    directory: Path
+    retry: str
+
+
+_UNFINISHED: ContextVar[_Unfinished | None] = ContextVar("unfinished_checkpoint", default=None)
+
+
+@contextlib.contextmanager
+def unfinished_in(directory: Path, retry: str) -> Iterator[None]:
+    """Inside the context, `atomic_directory` writes into this directory, which stays when writing ends badly, so
+    that what is in it can be used again.
+
+    :param directory: on the file system of the target
+    :param retry: see `atomic_directory`
+    """
+    token = _UNFINISHED.set(_Unfinished(directory, retry))
+    try:
+        yield
+    finally:
+        _UNFINISHED.reset(token)
 
 
 def check_can_write(target: str | Path) -> None:
@@ -47,24 +75,33 @@ def atomic_directory(
 
     :param retry: what to do when there is space, for the error
     :raises OutputDirectoryError: the target cannot be written
+    :raises CheckpointChangedError: a file that is copied from changed
     """
     target = Path(target).absolute()
     check_can_write(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.saving-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    kept = _UNFINISHED.get()
+    if kept is None:
+        temporary = target.with_name(f".{target.name}.saving-{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    else:
+        temporary, retry = kept.directory, kept.retry
+        temporary.mkdir(exist_ok=True)
     try:
         yield temporary
         _keep_other_files(target, temporary)
         _swap(temporary, target)
+    except CheckpointChangedError:
+        raise
     except OSError as error:
         raise OutputDirectoryError(
             f"Saving to {str(target)!r} failed ({error}); the directory is as it was before. Free space or "
             f"choose another directory and {retry}."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if kept is None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _keep_other_files(old: Path, new: Path) -> None:

@@ -9,11 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompressor_moe.cli import messages
+from llmcompressor_moe.cli.again import command_line
 from llmcompressor_moe.cli.errors import error_line, user_errors
 from llmcompressor_moe.cli.options import (
     AsJson,
+    ComputeDtype,
     Dtype,
     MaxKl,
+    MaxMemory,
     MaxPerplexityIncrease,
     MaxReplaced,
     MinRoutingOverlap,
@@ -31,11 +34,14 @@ if TYPE_CHECKING:
     from llmcompressor_moe.compression import CompressionSummary
     from llmcompressor_moe.limits import Limits
     from llmcompressor_moe.modifiers import QualityGateModifier
+    from llmcompressor_moe.resources import ResourceEstimate
 
 NOT_LEGAL = 1
+INTERRUPTED = 130
 
 
 def compress(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe; ready ones are in recipes/.")],
     output: OutputDirectory,
     model: ModelDirectory = None,
@@ -56,12 +62,21 @@ def compress(
         str, typer.Option(help="independent or sequential: see docs/modifiers.md.")
     ] = "independent",
     dtype: Dtype = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    max_memory: MaxMemory = None,
     requantize: Annotated[
         bool,
         typer.Option(
             "--requantize",
             help="Decode weights that are stored quantized, so that the recipe can quantize them again. Without "
             "it, they keep their stored precision.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where the same command was stopped, to the same bytes: see docs/large-models.md.",
         ),
     ] = False,
     text: Annotated[
@@ -79,7 +94,8 @@ def compress(
     """Apply a recipe to a model and write the smaller checkpoint, with its tokenizer, checked.
 
     Exit code 0: written; 1: the result would not be legal to serve, or breaks a limit (then it is kept apart in
-    OUTPUT.rejected); 2: something has to be changed first, and nothing is written.
+    OUTPUT.rejected); 2: something has to be changed first, and nothing is written; 130: interrupted, --resume goes
+    on.
     """
     from llmcompressor_moe.check.report import IllegalCheckpointError
     from llmcompressor_moe.cli.logs import logs
@@ -106,10 +122,17 @@ def compress(
                 batch_size=batch_size,
                 pipeline=pipeline,
                 dtype=dtype,
+                compute_dtype=compute_dtype,
+                max_memory=max_memory,
                 requantize=requantize,
+                resume=resume,
                 gate=_gate(limits, text),
                 announce=messages.step,
+                on_estimate=lambda estimate: messages.remark("\n".join(describe_estimate(estimate))),
             )
+        except KeyboardInterrupt:
+            messages.failure(f"interrupted. To go on: {command_line(context, resume=True)}")
+            raise typer.Exit(INTERRUPTED) from None
         except (IllegalCheckpointError, LimitsBrokenError) as error:
             messages.failure(error_line(error))
             raise typer.Exit(NOT_LEGAL) from None
@@ -158,6 +181,18 @@ def render(summary: "CompressionSummary", console: Console) -> None:
             soft_wrap=True,
         )
     console.print(Text(f"  {summary.serve_command}"), soft_wrap=True)
+
+
+def describe_estimate(estimate: "ResourceEstimate") -> list[str]:
+    """Lines that say what a run will need."""
+    limit = "at most " if estimate.output_at_most else ""
+    passes = "1 pass" if estimate.passes == 1 else f"{estimate.passes} passes"
+    return [
+        f"  memory   about {bytes_text(estimate.memory)}",
+        f"  output   {limit}{bytes_text(estimate.output)}",
+        f"  scratch  about {bytes_text(estimate.scratch)} beside the output, while it runs",
+        f"  reads    about {bytes_text(estimate.reads)}, {passes} over the calibration data",
+    ]
 
 
 def describe_report(report: ModifierReport) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmcompressor_moe.cli.compress import describe_estimate
 from llmcompressor_moe.cli.errors import user_errors
 from llmcompressor_moe.cli.options import AsJson
 from llmcompressor_moe.sizes import bytes_text, count_text, parse_bytes, share_text
@@ -17,6 +18,10 @@ from llmcompressor_moe.sizes import bytes_text, count_text, parse_bytes, share_t
 if TYPE_CHECKING:
     from llmcompressor_moe.forecast import Step
     from llmcompressor_moe.inspection import ModelInspection, MoELayerSize
+    from llmcompressor_moe.resources import ResourceEstimate
+
+# What `compress` takes unless it is given other numbers.
+_SAMPLES, _LENGTH = 128, 512
 
 
 def inspect(
@@ -58,15 +63,40 @@ def inspect(
         inspection = inspect_model(model or DEMO_MODEL, scheme or DEFAULT_SCHEMES, group_size)
         sizes = [parse_bytes(size, "--target-size") for size in target_size or ()]
         steps = forecast(model or DEMO_MODEL, read_recipe(recipe)) if recipe else []
+        estimate = _estimate(model or DEMO_MODEL, recipe) if recipe else None
     if json:
-        typer.echo(
-            dumps({**inspection.model_dump(), "steps": [step.model_dump() for step in steps]}, indent=2)
-        )
+        found = {**inspection.model_dump(), "steps": [step.model_dump() for step in steps]}
+        typer.echo(dumps(found | {"resources": estimate and estimate.model_dump()}, indent=2))
         return
     console = Console()
     render(inspection, console, [*(target_bits or ()), *map(inspection.bits_at, sizes)])
     if steps:
         console.print(_steps(steps))
+        console.print(Text(f"To apply it, with {_SAMPLES} samples of {_LENGTH} tokens:", style="bold"))
+        for line in describe_estimate(estimate):
+            console.print(Text(line))
+
+
+def _estimate(model: Path, recipe: Path) -> "ResourceEstimate":
+    """What `compress` would need with its defaults."""
+    from llmcompressor.utils.dev import get_main_device
+
+    from llmcompressor_moe.profile.computing import fast_dtype
+    from llmcompressor_moe.recipe_file import read_recipe
+    from llmcompressor_moe.resources import estimate_resources, model_shape, wave_tokens
+
+    shape, device = model_shape(model), get_main_device()
+    dtype = fast_dtype(shape.dtype, device)
+    return estimate_resources(
+        model,
+        shape,
+        read_recipe(recipe),
+        samples=_SAMPLES,
+        tokens=_SAMPLES * _LENGTH,
+        batch_tokens=_LENGTH,
+        wave=wave_tokens(shape, dtype, device, None),
+        compute_dtype=dtype,
+    )
 
 
 def render(inspection: "ModelInspection", console: Console, target_bits: Sequence[float] = ()) -> None:

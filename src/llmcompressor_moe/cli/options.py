@@ -8,10 +8,12 @@ import typer
 __all__ = [
     "AsJson",
     "CalibrationText",
+    "ComputeDtype",
     "Device",
     "Dtype",
     "KlSamples",
     "MaxKl",
+    "MaxMemory",
     "MaxPerplexityIncrease",
     "MaxReplaced",
     "MaxTokens",
@@ -32,6 +34,21 @@ ModelDirectory = Annotated[
 ]
 OutputDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory for the new checkpoint.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+ComputeDtype = Annotated[
+    str,
+    typer.Option(
+        help="Dtype that 16-bit weights are computed in: auto (the fastest one that loses nothing), float32, "
+        "bfloat16 or float16."
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for hidden states that wait between blocks, such as 8GiB; more wait in files beside OUTPUT. "
+        "Defaults to half of the available memory.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; an accelerator if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show all logs, and tracebacks.")]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compressed_tensors.distributed import is_distributed
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, model_validator
@@ -18,6 +19,7 @@ from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.saving.save import remember_earlier_reports
 from llmcompressor_moe.surgery.session import TrimSession
+from llmcompressor_moe.work_folder import current_work
 
 __all__ = ["MoEModifier", "modifiers_after", "modifiers_before", "recipe_modifiers"]
 
@@ -99,7 +101,13 @@ class MoEModifier(Modifier):
 
     def _measure(self, wanted: Iterable[Statistic], run_length: int | None = None) -> Profile:
         """Statistics of the model as it is now."""
-        session = self._session
+        session, work = self._session, current_work()
+        about = {
+            "statistics": sorted(wanted),
+            "run_length": run_length,
+            "dropped": [sorted(session.dropped_blocks), sorted(session.dropped_layers)],
+            "experts": {layer: session.expert_ids(layer) for layer in session.layers},
+        }
         return collect_profile(
             session.model,
             session.topology_now(),
@@ -108,7 +116,20 @@ class MoEModifier(Modifier):
             run_length=run_length,
             skip_blocks=session.dropped_blocks,
             skip_layers=session.dropped_layers,
+            # Ranks would each need their own.
+            resumable=None if work is None or is_distributed() else work.passes.next(self._place(), about),
         )
+
+    def _kept_decision(self, kind: type[Report], decide: Callable[[], Report]) -> Report:
+        """What this modifier decides; an interrupted run has decided it before."""
+        work = current_work()
+        if work is None or is_distributed():
+            return decide()
+        return work.decided(self._place(), kind, decide)
+
+    def _place(self) -> str:
+        """A file name for this modifier of the recipe."""
+        return f"{len(modifiers_before(self)):02d}-{type(self).__name__}"
 
     def _report_heading(self, profile: Profile | None) -> dict[str, Any]:
         """The fields that every report has."""

@@ -179,8 +179,12 @@ class RouterAwareQuantModifier(MoEModifier):
         if self._router_scheme is not None:
             change = guard_routers(session, self._router_scheme, held, self.max_routing_change, skip)
         planner = self._planner()
-        decided = planner.plan(fit, skip) if self._plan is None else planner.apply(self._plan)
-        self._report = QuantReport(**{**self._report_heading(None), **decided, "router_change": change})
+
+        def decide() -> QuantReport:
+            decided = planner.plan(fit, skip) if self._plan is None else planner.apply(self._plan)
+            return QuantReport(**{**self._report_heading(None), **decided, "router_change": change})
+
+        self._report = self._kept_decision(QuantReport, decide)
         self._warn_of_starved()
         if held:
             self._reference = heldout.observe_reference(session, held, apart, skip)

@@ -112,7 +112,10 @@ class TrimModifier(MoEModifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
         """Measure and decide; bypass blocks and MoE layers."""
-        self._report = self._decide()
+        if self._statistics():
+            # Before an earlier decision is taken over: neighbours compare with the model as it was here.
+            self._profile()
+        self._report = self._kept_decision(DropReport, self._decide)
         if self.cuts_before_the_pass:
             self._cut(self._report.dropped, state)
 

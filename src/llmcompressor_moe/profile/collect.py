@@ -12,6 +12,7 @@ from llmcompressor_moe.profile.data import Profile, Statistic
 from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
 from llmcompressor_moe.profile.observers import BlockObserver, ExpertsObserver, RunObserver
 from llmcompressor_moe.profile.observing import observe_batches
+from llmcompressor_moe.profile.resumable import ResumablePass
 from llmcompressor_moe.topology import Topology
 
 __all__ = ["collect_profile"]
@@ -26,6 +27,7 @@ def collect_profile(
     run_length: int | None = None,
     skip_blocks: Collection[int] = (),
     skip_layers: Collection[int] = (),
+    resumable: ResumablePass | None = None,
 ) -> Profile:
     """Run ``model`` once over ``batches`` and return its statistics, summed over all ranks.
 
@@ -34,9 +36,14 @@ def collect_profile(
     :param run_length: blocks per run for ``Statistic.RUN``
     :param skip_blocks: blocks already dropped; they have no statistics and runs close over them
     :param skip_layers: MoE layers already dropped
+    :param resumable: where the pass is kept; it goes on from there, or is not run when it has finished before
+    :raises OSError: it cannot be kept
     :raises FloatingPointError: activations are NaN or infinite
     :raises ValueError: ``batches`` holds no token
     """
+    known = resumable.result() if resumable is not None else None
+    if known is not None:
+        return Profile.model_validate(known)
     wanted = set(statistics)
     live = [block for block in topology.blocks if block.index not in set(skip_blocks)]
     layers = [block for block in live if block.moe is not None and block.index not in set(skip_layers)]
@@ -57,7 +64,7 @@ def collect_profile(
         ids = batch["input_ids"]
         seen[index] = (ids.shape[0], int(mask.sum()) if mask is not None else ids.numel())
 
-    observe_batches(model, observers, batches, "Profiling", on_batch=count)
+    observe_batches(model, observers, batches, "Profiling", on_batch=count, resumable=resumable)
     samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
     samples, tokens = sum_over_ranks(torch.tensor([samples, tokens], dtype=torch.float64)).long().tolist()
     if not tokens:
@@ -74,4 +81,6 @@ def collect_profile(
         experts={index: observer.profile() for index, observer in experts.items()},
     )
     profile.check_finite()
+    if resumable is not None:
+        resumable.finish(profile.model_dump(mode="json"))
     return profile

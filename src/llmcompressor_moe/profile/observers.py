@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,20 @@ class RunObserver(Observer):
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
         return [sums.total for sums in self._sums.values()]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The sums, and inputs of runs that have begun."""
+        inputs = {f"{position} {batch}": value for (position, batch), value in self._inputs.items()}
+        return super().state() | inputs
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `Observer.load_state`."""
+        super().load_state(state)
+        self._inputs.clear()
+        for name in state:
+            position, found, batch = name.partition(" ")
+            if found:
+                self._inputs[int(position), int(batch)] = state[name]
 
     def similarity(self) -> dict[int, float]:
         """First block of a run -> mean cosine."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
 from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
 from llmcompressor_moe.profile.lockstep import Snapshot
+from llmcompressor_moe.profile.resumable import ResumablePass, ResumePoint
 from llmcompressor_moe.topology import Block
 
 __all__ = [
@@ -72,6 +73,15 @@ class Observer:
     def accumulators(self) -> list[torch.Tensor]:
         """Tensors to be summed over ranks, in an order that all ranks share."""
         return []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What it has added up after a whole number of blocks, so that another process can go on."""
+        return {str(index): values for index, values in enumerate(self.accumulators())}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from the `state` of an observer of the same kind of the same model."""
+        for index, values in enumerate(self.accumulators()):
+            values.copy_(state[str(index)])
 
     def __enter__(self) -> None:
         self._handles = self.attach()
@@ -197,6 +207,7 @@ def observe_batches(
     quantized: bool = False,
     on_batch: Callable[[int, dict[str, Any]], None] | None = None,
     on_logits: Callable[[int, torch.Tensor], None] | None = None,
+    resumable: ResumablePass | None = None,
 ) -> None:
     """Run ``model`` once over ``batches`` while observers watch; what they add up is summed over all ranks.
 
@@ -204,11 +215,18 @@ def observe_batches(
     :param quantized: run quantized modules as they will be served
     :param on_batch: called with each batch and its index before the model sees it
     :param on_logits: see `run_batches`
+    :param resumable: where the pass is kept, and goes on; all observers must have a `state`
+    :raises OSError: a snapshot cannot be written
     """
     masks = _Masks()
+    watching = list(observers)
+    point = resumable.start() if resumable is not None else ResumePoint(0, None, None)
 
     def start(index: int, batch: dict[str, Any]) -> None:
-        if masks.add(index, batch) and on_batch is not None:
+        if not masks.add(index, batch):
+            # Hooks of blocks that are handed over have run by now, for every batch: what they saw is replaced.
+            point.load(watching)
+        elif on_batch is not None:
             on_batch(index, batch)
         for observer in observers:
             observer.start_batch(index, masks[index])
@@ -218,9 +236,11 @@ def observe_batches(
         for observer in observers:
             observer.start_wave(indices, mask)
 
-    def done(block: int, _: Snapshot) -> None:
+    def done(block: int, snapshot: Snapshot) -> None:
         for observer in observers:
             observer.block_done(block)
+        if resumable is not None:
+            resumable.block_done(block, snapshot, watching)
 
     with attached(observers):
         run_batches(
@@ -232,7 +252,10 @@ def observe_batches(
             on_wave=start_wave,
             on_logits=on_logits,
             on_block_done=done,
+            start_block=point.block,
+            resume=point.outputs,
         )
+    point.load(watching)
     for observer in observers:
         observer.finish()
         for accumulator in observer.accumulators():

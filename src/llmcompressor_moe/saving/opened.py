@@ -83,7 +83,7 @@ def _write(
     directory: Path,
     quantization_format: str | None = None,
     save_compressed: bool = True,
-    max_shard_size: int | str = _SHARD_BYTES,
+    max_shard_size: int | str | None = None,
     **_: Any,
 ) -> None:
     compressor = ModelCompressor.from_pretrained_model(
@@ -99,9 +99,10 @@ def _write(
     with tqdm(
         desc="Writing", total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, leave=False
     ) as bar:
-        write_shards(directory, tensors, _as_bytes(max_shard_size), bar.update)
+        write_shards(directory, tensors, _as_bytes(max_shard_size or _SHARD_BYTES), bar.update)
     for file in carried_files(opened.path):
-        shutil.copy2(file, directory / file.name)
+        # Without its mode: those of a read-only checkpoint are written to.
+        shutil.copyfile(file, directory / file.name)
     edit_config(directory, lambda config: describe_stored_quantization(config, model, opened))
     compressor.update_config(str(directory))
     update_and_save_recipe(str(opened.path), str(directory))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,8 +13,11 @@ from typing import Any, BinaryIO
 import torch
 
 from llmcompressor_moe.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from llmcompressor_moe.checkpoint.stored import TORCH_DTYPES
 
-__all__ = ["FileRange", "OutputTensor", "pack", "write_shards"]
+__all__ = ["FileRange", "OutputTensor", "dtype_name", "pack", "write_file", "write_shards"]
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _CHUNK = 64 * 1024 * 1024
 
@@ -44,6 +47,11 @@ class OutputTensor:
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterable[Piece]]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Safetensors' name of a dtype."""
+    return _NAMES[dtype]
 
 
 def pack(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
@@ -83,10 +91,7 @@ def write_shards(
         if path.exists():
             on_bytes(sum(tensor.nbytes for tensor in shard))
             continue
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            _write(file, shard, on_bytes)
-        unfinished.replace(path)
+        write_file(path, shard, on_bytes=on_bytes)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
@@ -97,8 +102,34 @@ def write_shards(
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write(file: BinaryIO, tensors: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> None:
-    file.write(_header(tensors))
+def write_file(
+    path: Path,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write one safetensors file, which gets its name when all of it is on the disk.
+
+    :param metadata: beside the format
+    :param on_bytes: see `write_shards`
+    :raises OSError: it cannot be written
+    """
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        _write(file, tensors, metadata or {}, on_bytes)
+        file.flush()
+        # Without this, a file that has its name may be empty after a power failure.
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _write(
+    file: BinaryIO,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None],
+) -> None:
+    file.write(_header(tensors, metadata))
     for tensor in tensors:
         written = 0
         for piece in tensor.pieces():
@@ -111,8 +142,8 @@ def _write(file: BinaryIO, tensors: Sequence[OutputTensor], on_bytes: Callable[[
             )
 
 
-def _header(tensors: Iterable[OutputTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for tensor in tensors:
         header[tensor.name] = {
