@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.profile.computing import stored_dtype
 from llmcompressor_moe.profile.forward import run_batches
 from llmcompressor_moe.recovery.data import rows_digest
 from llmcompressor_moe.recovery.losses import TopLogits
@@ -123,8 +124,8 @@ def write_cache(
     """Run the teacher once over all rows and keep its highest logits; written as a whole or not at all.
 
     The teacher runs block by block, all rows together, so that one that was opened need not fit in memory. What
-    passes from block to block waits in memory or in files, see `RunOptions`. A position takes 4 bytes and 8 per
-    logit kept, 6 where the teacher's logits are in 16 bit.
+    passes from block to block waits in memory or in files, see `RunOptions`. Logits are kept in the dtype that the
+    teacher is stored in, whatever it is computed in: a position takes 4 bytes and 8 per logit, 6 in 16 bit.
 
     :param rows: [rows, length] token ids
     :param k: logits per position; all of the vocabulary makes the loss of the cache that of the teacher itself
@@ -165,10 +166,11 @@ def write_cache(
     ]
     with atomic_directory(directory, "write the cache again") as written:
         parts: list[dict[str, torch.Tensor]] = []
+        dtype = stored_dtype(teacher_model)
 
         def keep(batch: int, logits: torch.Tensor) -> None:
             shard, _ = batches[batch]
-            parts.append(_top(logits, k, temperature))
+            parts.append(_top(logits.to(dtype), k, temperature))
             if batch + 1 == len(batches) or batches[batch + 1][0] != shard:
                 tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
                 save_file(tensors, written / index.shards[shard])
