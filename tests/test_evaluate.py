@@ -120,7 +120,7 @@ def test_a_model_against_itself(folder: Path) -> None:
 
 
 def test_the_base_is_let_go_before_others_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, alive = run_module.load_decompressed, []
+    load, alive = run_module.open_as_served, []
 
     def watched(*arguments: Any) -> torch.nn.Module:
         gc.collect()
@@ -129,7 +129,7 @@ def test_the_base_is_let_go_before_others_are_measured(folder: Path, monkeypatch
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run_module, "load_decompressed", watched)
+    monkeypatch.setattr(run_module, "open_as_served", watched)
     evaluate(folder / "mixtral", [folder / "trimmed", folder / "trimmed"], settings(folder))
     assert len(alive) == 3
 
@@ -344,7 +344,7 @@ NORM = "model.norm.weight"
 def test_compressed_models_are_looked_at_before_the_base_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcompressor_moe.evaluation.run.load_decompressed", None)
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.open_as_served", None)
     trimmed = folder / "trimmed"
     cut = copied(trimmed, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((trimmed / "model.safetensors").read_bytes()[:-9])
@@ -380,7 +380,7 @@ def test_weights_that_are_not_there_are_never_made_up(folder: Path, tmp_path: Pa
 def test_broken_tasks_end_before_anything_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcompressor_moe.evaluation.run.load_decompressed", None)
+    monkeypatch.setattr("llmcompressor_moe.evaluation.run.open_as_served", None)
     (tmp_path / "task.yaml").write_text(
         "{task: x, dataset_path: json, dataset_kwargs: {data_files: none.jsonl}}"
     )

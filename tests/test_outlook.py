@@ -519,7 +519,7 @@ def test_evidence_that_was_damaged(made, model, tmp_path, keys, value, said):
 
 
 def test_what_is_wrong_is_found_before_weights_are_read(made, model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmcompressor_moe.evidence.gather.load_model", None)
+    monkeypatch.setattr("llmcompressor_moe.evidence.gather.open_model", None)
     grid = tmp_path / "grid.yaml"
     grid.write_text("{points: [{experts: 8}], group_size: 32}")
     cut = tmp_path / "cut"

@@ -321,7 +321,7 @@ def test_points_that_cannot_be(folder: Path, tmp_path: Path, point: dict[str, An
 def test_what_is_wrong_is_found_before_weights_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmcompressor_moe.evidence.gather.load_model", None)
+    monkeypatch.setattr("llmcompressor_moe.evidence.gather.open_model", None)
     plain, grid = settings(folder), Grid.model_validate(GRID)
     measured = plain.evaluation
     for asked, message in (

@@ -1,4 +1,4 @@
-"""Load checkpoints, trimmed and quantized ones too, and their tokenizers; never from a hub."""
+"""Open or load checkpoints, trimmed and quantized ones too, and load their tokenizers; never from a hub."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ from pathlib import Path
 
 import torch
 import transformers
-from compressed_tensors.quantization import disable_quantization
+from compressed_tensors.offload import dispatch_model
+from compressed_tensors.quantization import QuantizationConfig, disable_quantization
+from llmcompressor.utils.dev import get_main_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompressor_moe.checkpoint.opened import open_model
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
-from llmcompressor_moe.inspection import inspect_model
+from llmcompressor_moe.inspection import inspect_model, read_config
 
-__all__ = ["DTYPES", "load_decompressed", "load_model", "load_tokenizer"]
+__all__ = [
+    "DTYPES",
+    "load_callable",
+    "load_decompressed",
+    "load_model",
+    "load_tokenizer",
+    "open_as_served",
+]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -70,6 +80,63 @@ def load_decompressed(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
             module.quantization_scheme = scheme.model_copy(update={"weights": None})
     # transformers' own refuses quantized models.
     return model if dtype == "auto" else nn.Module.to(model, getattr(torch, dtype))
+
+
+def open_as_served(
+    path: str | Path, dtype: str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A model to run block by block as it will be served, opened wherever that is the same.
+
+    Most checkpoints are opened: their weights are read from the files, and decoded, when they are used. An opened
+    model knows no schemes and runs on the main device, so three kinds are loaded as a whole: checkpoints of
+    compressed-tensors whose schemes round activations (W8A8, FP8, NVFP4, a quantized KV cache), models without an
+    MoE layer, and any model on another device than the main one. Inputs of models in other formats (block FP8, for
+    example) are not rounded.
+
+    :param dtype: see `load_model`
+    :param device: where it runs; None: an accelerator where there is one
+    :raises ValueError: see `checkpoint.opened.open_model` and `load_model`
+    """
+    main = get_main_device()
+    device = main if device is None else torch.device(device)
+    elsewhere = device.type != main.type or device.index not in (None, main.index)
+    if elsewhere or _rounds_activations(path) or not inspect_model(path, schemes=()).moe_layers:
+        return _on_device(load_decompressed(path, dtype), device)
+    return open_model(path, dtype=dtype, device=device)
+
+
+def load_callable(
+    path: str | Path, dtype: str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A model as it will be served, to be called many times: loaded as a whole.
+
+    :param dtype: see `load_model`
+    :param device: all of it goes there; None: it is dispatched over all accelerators, and over the CPU where they
+        are too small; without an accelerator it stays on the CPU
+    :raises ValueError: see `load_model`
+    """
+    model = load_decompressed(path, dtype)
+    if device is None and torch.accelerator.is_available():
+        return dispatch_model(model).eval()
+    return _on_device(model, torch.device(device or "cpu"))
+
+
+def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    # transformers' own refuses quantized models.
+    return nn.Module.to(model, device).eval()
+
+
+def _rounds_activations(path: str | Path) -> bool:
+    """Whether a checkpoint of compressed-tensors has schemes for more than weights."""
+    config = read_config(path)
+    written = config.raw.get("quantization_config") or config.raw_text.get("quantization_config")
+    if not written or written.get("quant_method") != "compressed-tensors":
+        return False
+    found = QuantizationConfig.model_validate(written)
+    return found.kv_cache_scheme is not None or any(
+        scheme.input_activations is not None or scheme.output_activations is not None
+        for scheme in found.config_groups.values()
+    )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError
+from llmcompressor_moe.profile.options import run_options
 from llmcompressor_moe.recovery import cache as cache_module
 from llmcompressor_moe.recovery.cache import (
     LogitCache,
@@ -86,7 +87,9 @@ def test_a_student_learns_from_it_what_the_teacher_would_teach(
 
 def test_logits_keep_their_precision(teacher: Path, tmp_path: Path) -> None:
     model = support.load(teacher).bfloat16()
-    cache = write_cache(model, ROWS, tmp_path / "cache", 3, 4, teacher=teacher)
+    # Left alone, a CPU that can only emulate bfloat16 computes in float32.
+    with run_options(compute_dtype=torch.bfloat16):
+        cache = write_cache(model, ROWS, tmp_path / "cache", 3, 4, teacher=teacher)
     top = cache.top(torch.arange(4))
     assert top.values.dtype == torch.bfloat16 and top.log_normalizer.dtype == torch.float32
     assert torch.equal(top.values, support.logits(model, ROWS[:4]).topk(3).values)

@@ -35,6 +35,7 @@ def nothing_is_loaded(monkeypatch) -> None:
 
     monkeypatch.setattr(run, "load_student", loading)
     monkeypatch.setattr(run, "load_decompressed", loading)
+    monkeypatch.setattr(run, "open_as_served", loading)
 
 
 def refused(message: str, tmp_path: Path, given: dict[str, Path], **changes) -> None:

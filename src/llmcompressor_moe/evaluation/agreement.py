@@ -2,10 +2,11 @@
 
 The two need never be in memory together, nor the logits of either: the base's are written to a file first, and
 read window by window while the compressed model answers the same windows. One recording serves any number of
-compressed models.
+compressed models. Each model runs block by block, so neither has to fit in memory.
 
-The file takes tokens * vocabulary * bytes per logit (2 in bfloat16): 16,384 tokens with Mixtral's vocabulary of
-32,000 take 1.0 GiB, with Qwen3's of 151,936 4.6 GiB.
+The file takes tokens * vocabulary * bytes per logit: 2 in bfloat16, 4 where 16-bit models are computed in float32,
+as on most CPUs. 16,384 tokens with Mixtral's vocabulary of 32,000 take 1.0 or 2.0 GiB, with Qwen3's of 151,936 4.6
+or 9.3 GiB.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from tqdm import tqdm
 
 from llmcompressor_moe.evaluation.likelihood import (
-    evaluation_mode,
+    predict_windows,
     require_finite,
     summed,
-    window_logits,
     window_losses,
 )
 from llmcompressor_moe.evaluation.text import TextQuality, quality_of
@@ -41,6 +40,7 @@ from llmcompressor_moe.evaluation.windows import (
     tokenized,
     vocabulary_size,
 )
+from llmcompressor_moe.profile.divergence import kl_divergence
 from llmcompressor_moe.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ __all__ = [
     "require_same_vocabulary",
     "text_quality_of",
 ]
-
-# Rows of logits that are in float64 at a time: half a dozen blocks of 0.15 GB with a vocabulary of 150,000.
-_ROWS = 128
 
 
 class Agreement(BaseModel):
@@ -92,7 +89,8 @@ class BaseLogits:
     """A base model's logits on windows of text.
 
     :param batches: windows as they were fed, of equal shape within a batch
-    :param values: [predictions in the order of ``batches``, vocabulary] in the model's dtype, mapped from a file
+    :param values: [predictions in the order of ``batches``, vocabulary] in the dtype that the model was computed
+        in, mapped from a file
     :param losses: what the text's own tokens cost the model in nats, [windows, scored] for each batch, fp32
     """
 
@@ -118,7 +116,7 @@ def recorded_base(
 ) -> Iterator[BaseLogits]:
     """Run the base model on texts and keep its logits in a temporary file while the context is open.
 
-    They keep the dtype that the model gives them in, so nothing is lost. The model is not needed afterwards.
+    They keep the dtype that they are computed in, so nothing is lost. The model is not needed afterwards.
 
     Example::
 
@@ -142,22 +140,32 @@ def recorded_base(
     grouped = batches(found, batch_size)
     rows = sum(window.scored for window in found)
     with tempfile.TemporaryDirectory(prefix="base-logits-", dir=directory) as folder:
-        values: Tensor | None = None
-        losses: list[Tensor] = []
-        done = 0
-        with evaluation_mode(base):
-            for batch in tqdm(grouped, desc="Base model", leave=False):
-                logits, targets = window_logits(base, documents, batch)
-                losses.append(window_losses(logits, targets).cpu())
-                logits = logits.flatten(0, 1)
-                if values is None:
-                    values = _mapped(Path(folder, "logits"), (rows, logits.shape[1]), logits.dtype)
-                values[done : done + len(logits)] = logits.cpu()
-                done += len(logits)
-        assert values is not None
+        kept = _Kept(Path(folder, "logits"), rows)
+        predict_windows(base, documents, grouped, kept.take, "Base model")
         # The model is not needed any more, and a caller's `del` alone would not free it.
-        del base, logits, targets
-        yield BaseLogits(documents, grouped, length, stride, values, losses)
+        del base
+        yield BaseLogits(documents, grouped, length, stride, kept.values, kept.losses)
+
+
+class _Kept:
+    """Logits in a file, and losses, of batches in order.
+
+    :ivar values: see `BaseLogits`, and so ``losses``
+    """
+
+    values: Tensor
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self._path, self._rows, self._done = path, rows, 0
+        self.losses: list[Tensor] = []
+
+    def take(self, _: int, logits: Tensor, targets: Tensor) -> None:
+        self.losses.append(window_losses(logits, targets).cpu())
+        flat = logits.flatten(0, 1)
+        if not self._done:
+            self.values = _mapped(self._path, (self._rows, flat.shape[1]), flat.dtype)
+        self.values[self._done : self._done + len(flat)] = flat.cpu()
+        self._done += len(flat)
 
 
 def text_quality_of(recording: BaseLogits, losses: Sequence[Tensor]) -> TextQuality:
@@ -181,7 +189,7 @@ def agreement(recording: BaseLogits, model: PreTrainedModel) -> Agreement:
 def answers(recording: BaseLogits, model: PreTrainedModel) -> tuple[Agreement, list[Tensor]]:
     """Let a model answer the windows that its base answered, and compare the distributions.
 
-    Softmax and sums are taken in float64 from the logits as the models give them.
+    Softmax and sums are taken in float64 from the logits as the models give them, a few tokens at a time.
 
     :return: the comparison, and the losses as `BaseLogits.losses`
     :raises ValueError: the vocabularies differ in size, or the model has fewer positions than the windows
@@ -193,30 +201,28 @@ def answers(recording: BaseLogits, model: PreTrainedModel) -> tuple[Agreement, l
     check_fits(model.config, recording.documents, recording.length)
     divergences: list[Tensor] = []
     losses: list[Tensor] = []
-    same = done = 0
-    with evaluation_mode(model):
-        for batch in tqdm(recording.batches, desc="Agreement", leave=False):
-            logits, targets = window_logits(model, recording.documents, batch)
-            losses.append(window_losses(logits, targets).cpu())
-            flat = logits.flatten(0, 1)
-            require_same_vocabulary(vocabulary, flat.shape[1])
-            base = recording.values[done : done + len(flat)].to(flat.device)
-            done += len(flat)
-            apart = torch.cat(
-                [
-                    kl_divergence(ours, theirs)
-                    for ours, theirs in zip(base.split(_ROWS), flat.split(_ROWS), strict=True)
-                ]
-            )
-            require_finite(
-                apart.view(targets.shape), batch, "the KL divergence from the base model is infinite"
-            )
-            divergences.append(apart.cpu())
-            same += int((base.argmax(-1) == flat.argmax(-1)).sum())
+    same: list[Tensor] = []
+
+    def compare(index: int, logits: Tensor, targets: Tensor) -> None:
+        losses.append(window_losses(logits, targets).cpu())
+        flat = logits.flatten(0, 1)
+        require_same_vocabulary(vocabulary, flat.shape[1])
+        done = sum(map(len, divergences))
+        base = recording.values[done : done + len(flat)].to(flat.device)
+        apart = kl_divergence(base, flat)
+        require_finite(
+            apart.view(targets.shape),
+            recording.batches[index],
+            "the KL divergence from the base model is infinite",
+        )
+        divergences.append(apart.cpu())
+        same.append((base.argmax(-1) == flat.argmax(-1)).cpu())
+
+    predict_windows(model, recording.documents, recording.batches, compare, "Agreement")
     every = torch.cat(divergences)
     median, high, highest = torch.quantile(every, torch.tensor([0.5, 0.9, 0.99], dtype=every.dtype)).tolist()
     found = Agreement(
-        tokens=done,
+        tokens=len(every),
         vocabulary=vocabulary,
         length=recording.length,
         stride=recording.stride,
@@ -224,21 +230,9 @@ def answers(recording: BaseLogits, model: PreTrainedModel) -> tuple[Agreement, l
         median_kl=median,
         kl_90=high,
         kl_99=highest,
-        top1_agreement=same / done,
+        top1_agreement=int(torch.cat(same).sum()) / len(every),
     )
     return found, losses
-
-
-def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(base || other) = sum p log(p / q) per row, in nats and float64 (Kullback and Leibler, 1951).
-
-    :param base: logits, [rows, vocabulary]; -inf is probability zero
-    :param other: the same of the other distribution
-    """
-    log_p, log_q = base.double().log_softmax(-1), other.double().log_softmax(-1)
-    p = log_p.exp()
-    # p log p is 0 at p = 0; and a rounding error must not make a divergence negative
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The figures that limits are about, of a model before and after it changes, without loading anything."""
+"""The figures that limits are about, of a model before and after it changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from llmcompressor.modifiers.utils.hooks import HooksMixin
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.demo import token_rows
@@ -27,7 +26,6 @@ from llmcompressor_moe.evaluation.routing import (
 from llmcompressor_moe.evaluation.text import TextQuality, require_bytes
 from llmcompressor_moe.evaluation.windows import choose_windows, tokenized
 from llmcompressor_moe.limits import Figures
-from llmcompressor_moe.profile.forward import quantized_as_calibrated
 from llmcompressor_moe.report import DropReport
 
 __all__ = ["BaseFigures", "Measured", "check_text", "figures", "figures_of", "measured", "recorded_figures"]
@@ -75,19 +73,20 @@ def recorded_figures(
 ) -> Iterator[BaseFigures]:
     """Measure a model and keep what it is compared with later, in a temporary file while the context is open.
 
+    It runs block by block, once over all windows and once for its routers; other modifiers' hooks stay silent.
+
     :raises ValueError: see `text.text_quality`
     """
     with contextlib.ExitStack() as stack:
-        with HooksMixin.disable_hooks():
-            logits = stack.enter_context(
-                recorded_base(model, tokenizer, texts, length, stride, batch_size=batch_size)
-            )
-            text = text_quality_of(logits, logits.losses)
-            routing = record_routing(
-                model,
-                _routing_batches(tokenizer, texts, logits.length, asked=length is not None),
-                max_tokens=routing_tokens,
-            )
+        logits = stack.enter_context(
+            recorded_base(model, tokenizer, texts, length, stride, batch_size=batch_size)
+        )
+        text = text_quality_of(logits, logits.losses)
+        routing = record_routing(
+            model,
+            _routing_batches(tokenizer, texts, logits.length, asked=length is not None),
+            max_tokens=routing_tokens,
+        )
         # Whoever is done with the model shall not find it held here.
         del model
         yield BaseFigures(tokenizer, texts, text, length is not None, logits, routing)
@@ -125,8 +124,7 @@ def figures_of(model: PreTrainedModel, base: BaseFigures, history: Sequence[Drop
     :param history: what was dropped from it since
     :raises FloatingPointError: it gives NaN or infinite logits
     """
-    with HooksMixin.disable_hooks(), quantized_as_calibrated(model):
-        found = measured(model, base)
+    found = measured(model, base)
     return figures(base, found, compare_records(base.routing, found.routing, history))
 
 

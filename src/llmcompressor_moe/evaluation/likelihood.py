@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from llmcompressor_moe.compat.compressed_tensors import is_offloaded
 from llmcompressor_moe.evaluation.windows import Document, Window, batches
+from llmcompressor_moe.profile.forward import run_batches
 
 __all__ = [
     "evaluation_mode",
     "mean_negative_log_likelihood",
     "perplexity",
     "perplexity_of",
+    "predict_windows",
     "require_finite",
     "summed",
     "total_negative_log_likelihood",
-    "window_logits",
     "window_losses",
 ]
+
+# Logits that are in float32 at a time: 64 MB.
+_CHUNK = 1 << 24
 
 
 @contextlib.contextmanager
@@ -38,25 +43,65 @@ def evaluation_mode(model: Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def window_logits(
-    model: Module, documents: Sequence[Document], batch: Sequence[Window]
-) -> tuple[Tensor, Tensor]:
-    """Logits of the predictions that count, and the tokens they should have predicted.
+def predict_windows(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    grouped: Sequence[Sequence[Window]],
+    on_logits: Callable[[int, Tensor, Tensor], None],
+    description: str | None = None,
+) -> None:
+    """Let a model predict windows: block by block, all of them together, so that a model that is opened or
+    offloaded is read once, whatever the number of windows.
 
-    :param model: a causal language model of transformers (called as ``model(input_ids=...)``, read by
-        ``.logits``)
-    :param batch: windows of one shape
-    :return: [windows, scored, vocabulary] in the model's dtype, and [windows, scored] token ids, both on the
-        device of the logits
+    Quantized modules run as they will be served. 16-bit models are computed in the dtype that
+    `computing.fast_dtype` gives.
+
+    :param grouped: batches of windows of one shape
+    :param on_logits: called for each batch, in order, with its index, the logits of the predictions that count,
+        [windows, scored, vocabulary], in the dtype that the model is computed in, and the tokens that they should
+        have predicted, [windows, scored], both on the model's device. One batch has logits at a time
+    :param description: of the progress bar; None shows none
     :raises FloatingPointError: logits are NaN or infinite; names the window
     """
+
+    def take(index: int, logits: Tensor) -> None:
+        targets = _targets(documents, grouped[index])
+        counting = logits[:, -targets.shape[1] :]
+        _require_usable(counting, grouped[index])
+        on_logits(index, counting, targets.to(logits.device))
+
+    inputs = [{"input_ids": _inputs(documents, batch)} for batch in grouped]
+    run_batches(model, inputs, None, description, quantized=True, on_logits=take)
+
+
+def _predict_whole(
+    model: Module,
+    documents: Sequence[Document],
+    grouped: Sequence[Sequence[Window]],
+    on_logits: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    """The same in one call of the model per batch."""
     device = next(model.parameters()).device
-    inputs = torch.stack([documents[w.document].token_ids[w.begin : w.end] for w in batch])
-    targets = torch.stack([documents[w.document].token_ids[w.end + 1 - w.scored : w.end + 1] for w in batch])
-    logits = model(input_ids=inputs.to(device), use_cache=False).logits[:, -targets.shape[1] :]
+    with evaluation_mode(model):
+        for index, batch in enumerate(grouped):
+            targets = _targets(documents, batch)
+            inputs = _inputs(documents, batch).to(device)
+            logits = model(input_ids=inputs, use_cache=False).logits[:, -targets.shape[1] :]
+            _require_usable(logits, batch)
+            on_logits(index, logits, targets.to(logits.device))
+
+
+def _inputs(documents: Sequence[Document], batch: Sequence[Window]) -> Tensor:
+    return torch.stack([documents[w.document].token_ids[w.begin : w.end] for w in batch])
+
+
+def _targets(documents: Sequence[Document], batch: Sequence[Window]) -> Tensor:
+    return torch.stack([documents[w.document].token_ids[w.end + 1 - w.scored : w.end + 1] for w in batch])
+
+
+def _require_usable(logits: Tensor, batch: Sequence[Window]) -> None:
     # The maximum, because single logits may be -inf on purpose: tokens that a model never says.
     require_finite(logits.amax(-1), batch, "the model's logits are NaN or infinite")
-    return logits, targets.to(logits.device)
 
 
 def require_finite(values: Tensor, batch: Sequence[Window], problem: str) -> None:
@@ -74,10 +119,12 @@ def require_finite(values: Tensor, batch: Sequence[Window], problem: str) -> Non
 
 def window_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target in nats, [windows, scored], with a softmax in float32; infinite where p is zero."""
-    flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    return flat.view(targets.shape)
+    rows = max(1, _CHUNK // logits.shape[-1])
+    parts = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    losses = [
+        torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in parts
+    ]
+    return torch.cat(losses).view(targets.shape)
 
 
 def summed(losses: Tensor, batch: Sequence[Window]) -> Tensor:
@@ -90,7 +137,7 @@ def summed(losses: Tensor, batch: Sequence[Window]) -> Tensor:
 
 
 def total_negative_log_likelihood(
-    model: Module,
+    model: PreTrainedModel,
     documents: Sequence[Document],
     windows: Sequence[Window],
     batch_size: int = 1,
@@ -98,27 +145,34 @@ def total_negative_log_likelihood(
 ) -> float:
     """The sum of -log p(token | tokens before it in its window) over all predictions that count, in nats.
 
-    The softmax is taken in float32 and the sum kept in float64, whatever the dtype of the model. A batch takes
-    ``batch_size`` * length * vocabulary logits, once in the model's dtype and twice in float32.
+    The model runs block by block, see `predict_windows`. The softmax is taken in float32 and the sum kept in
+    float64, whatever the dtype of the model. A batch takes ``batch_size`` * length * vocabulary logits.
 
     :param description: of the progress bar; None shows none
     :raises FloatingPointError: logits are NaN or infinite, or a token of the text has probability zero; names
         the window
     """
-    total = torch.zeros((), dtype=torch.float64)
-    with evaluation_mode(model):
-        for batch in tqdm(
-            batches(windows, batch_size), desc=description, leave=False, disable=description is None or None
-        ):
-            losses = window_losses(*window_logits(model, documents, batch))
-            total += summed(losses, batch)
+    grouped = batches(windows, batch_size)
+    total, add = _total(grouped)
+    predict_windows(model, documents, grouped, add, description)
     return total.item()
+
+
+def _total(grouped: Sequence[Sequence[Window]]) -> tuple[Tensor, Callable[[int, Tensor, Tensor], None]]:
+    """A sum in float64, and what adds a batch to it."""
+    total = torch.zeros((), dtype=torch.float64)
+
+    def add(index: int, logits: Tensor, targets: Tensor) -> None:
+        total.add_(summed(window_losses(logits, targets), grouped[index]))
+
+    return total, add
 
 
 def mean_negative_log_likelihood(model: Module, token_ids: Tensor, batch_size: int = 8) -> float:
     """The mean of -log p(token | tokens before it in its sequence), in nats.
 
-    :param model: a causal language model of transformers
+    :param model: a causal language model of transformers, called as ``model(input_ids=...)`` and read by
+        ``.logits``; one that is opened or offloaded runs block by block, see `predict_windows`
     :param token_ids: integers, (sequences, length), no padding. Each sequence predicts length - 1 tokens; every
         predicted token weighs the same
     :param batch_size: sequences per forward
@@ -133,7 +187,11 @@ def mean_negative_log_likelihood(model: Module, token_ids: Tensor, batch_size: i
     documents = [Document(row, 0) for row in token_ids.cpu().long()]
     sequences, targets = token_ids.shape[0], token_ids.shape[1] - 1
     whole = [Window(index, 0, targets, targets) for index in range(sequences)]
-    return total_negative_log_likelihood(model, documents, whole, batch_size) / (sequences * targets)
+    grouped = batches(whole, batch_size)
+    total, add = _total(grouped)
+    # A model in training is whatever its trainer made of it, and is only called.
+    (predict_windows if is_offloaded(model) else _predict_whole)(model, documents, grouped, add)
+    return total.item() / (sequences * targets)
 
 
 def perplexity(model: Module, token_ids: Tensor, batch_size: int = 8) -> float:

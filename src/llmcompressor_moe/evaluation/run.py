@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.weights import require_weights
@@ -38,7 +37,7 @@ from llmcompressor_moe.evaluation.vllm_engine import VllmError, check_interprete
 from llmcompressor_moe.evaluation.windows import vocabulary_size
 from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config
 from llmcompressor_moe.limits import Limits, broken_limits
-from llmcompressor_moe.loading import DTYPES, load_decompressed, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_callable, load_tokenizer, open_as_served
 
 __all__ = [
     "BaseRecord",
@@ -109,7 +108,10 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Evaluation:
-    """Measure a model and models made from it. One model is in memory at a time.
+    """Measure a model and models made from it, one after the other.
+
+    Text and routers are measured block by block on models that are opened, so that they need not fit in memory;
+    see `loading.open_as_served` for those that are loaded. Tasks and speed load the whole model.
 
     :param base: directory of the model that they were made from
     :param compressed: directories
@@ -141,7 +143,7 @@ def recorded(
     tokenizer, texts = check_evaluation(settings, base, compressed)
     cost = model_cost(base, contexts=settings.contexts, batches=settings.batches)
     announce(f"Base model: {base}")
-    model = _load(base, settings)
+    model = open_as_served(base, settings.dtype, settings.device)
     with recorded_figures(
         model,
         tokenizer,
@@ -151,9 +153,9 @@ def recorded(
         batch_size=settings.batch_size,
         routing_tokens=settings.routing_tokens,
     ) as measurements:
-        scores = _tasks(base, model, tokenizer, settings)
         del model
         gc.collect()
+        scores = _tasks(base, tokenizer, settings)
         found = BaseEvaluation(path=str(base), text=measurements.text, cost=cost, tasks=scores)
         yield BaseRecord(settings, found, measurements)
 
@@ -170,15 +172,17 @@ def evaluate_compressed(
     history, base_history = read_history(path), read_history(record.found.path)
     recovery = read_recovery(path)
     cost = model_cost(path, contexts=settings.contexts, batches=settings.batches)
-    model = _load(path, settings)
+    model = open_as_served(path, settings.dtype, settings.device)
     base = record.figures
     found = measured(model, base)
+    del model
+    gc.collect()
     compared = compare_records(base.routing, found.routing, history, base_history=base_history)
     return CompressedEvaluation(
         path=str(path),
         text=found.text,
         cost=cost,
-        tasks=_tasks(path, model, base.tokenizer, settings),
+        tasks=_tasks(path, base.tokenizer, settings),
         agreement=found.agreement,
         routing=compared,
         recovery=recovery,
@@ -296,16 +300,8 @@ def _check_made_from(
     match_layouts(before, after, read_history(path), read_history(base))
 
 
-def _load(path: str | Path, settings: EvaluationSettings) -> PreTrainedModel:
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return nn.Module.to(load_decompressed(path, settings.dtype), device).eval()
-
-
 def _tasks(
-    path: str | Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EvaluationSettings,
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
 ) -> list[TaskScore]:
     if not settings.tasks:
         return []
@@ -313,8 +309,9 @@ def _tasks(
         return run_served_tasks(
             path, settings.tasks, settings.vllm_python, settings.include_path, settings.limit
         )
+    # Called once for each item and answer: reading the model from its files every time would never end.
     return run_tasks(
-        model,
+        load_callable(path, settings.dtype, settings.device),
         tokenizer,
         list(settings.tasks),
         include_path=settings.include_path,

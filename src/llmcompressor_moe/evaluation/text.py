@@ -64,8 +64,7 @@ def text_quality(
     :param texts: one text, several, or rows of token ids, [rows, tokens] or of different lengths
     :param length: tokens per window; None for 2048, or the model's positions where those are fewer
     :param stride: tokens each further window predicts; None for half of ``length``
-    :param batch_size: windows per forward; each takes length * vocabulary logits, in the model's dtype and
-        twice in float32
+    :param batch_size: windows per forward; each takes length * vocabulary logits
     :param running_text: let all texts be one, each after an empty line, and see what came before
     :raises ValueError: a text has fewer than two tokens or nothing but special ones; ``length`` is more than
         the model has positions for; ``stride`` is more than ``length``; the tokenizer is another model's

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmcompressor.modeling.moe.linearize import linearize_moe
 from pydantic import ValidationError
 from torch import nn
 
@@ -17,11 +16,12 @@ from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check.expected import ExpectedModel, lay_out
 from llmcompressor_moe.check.weights import require_weights
 from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.checkpoint.opened import open_model
 from llmcompressor_moe.evaluation.windows import position_limit, vocabulary_size
 from llmcompressor_moe.evidence.collect import collect_evidence, require_two
 from llmcompressor_moe.evidence.data import Evidence
 from llmcompressor_moe.inspection import inspect_model, read_config
-from llmcompressor_moe.loading import DTYPES, load_model, load_tokenizer
+from llmcompressor_moe.loading import DTYPES, load_tokenizer
 from llmcompressor_moe.plan import ExpertRoom
 from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
 from llmcompressor_moe.quantization.sizes import StoredSize, linear_size
@@ -128,7 +128,7 @@ def model_shape(model: str | Path, candidates: Sequence[Candidate]) -> ModelShap
 def gather_evidence(
     model: str | Path, candidates: Sequence[Candidate], settings: CalibrationSettings
 ) -> Evidence:
-    """Load a model and run it over calibration text.
+    """Open a model and run it over calibration text, block by block.
 
     :param model: its directory
     :raises ValueError: something is wrong with the model or the text
@@ -138,9 +138,7 @@ def gather_evidence(
     batches = [
         {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in samples
     ]
-    session = TrimSession.begin(linearize_moe(load_model(model, "auto")))
-    if settings.dtype != "auto":
-        session.model.to(getattr(torch, settings.dtype))
+    session = TrimSession.begin(open_model(model, dtype=settings.dtype))
     found = collect_evidence(session, batches, candidates, kl_samples=settings.kl_samples)
     return found.model_copy(update={"fingerprint": fingerprint(model)})
 

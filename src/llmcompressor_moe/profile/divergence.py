@@ -19,9 +19,9 @@ from llmcompressor_moe.profile.lockstep import Snapshot
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through, silence
 from llmcompressor_moe.topology import Topology, text_config
 
-__all__ = ["divergence_without", "token_divergence"]
+__all__ = ["divergence_without", "kl_divergence", "token_divergence"]
 
-# Logits that are in fp32 at a time: 64 MB for each of both models.
+# Logits that are in the dtype of the sum at a time: 64 MB in fp32 for each of both models.
 _CHUNK = 1 << 24
 
 
@@ -34,16 +34,32 @@ def token_divergence(
     :param other: logits of the same shape
     :param mask: boolean [batch, sequence], False for padding
     """
-    reference, other = (logits.flatten(0, -2) for logits in (reference, other))
-    tokens = torch.arange(len(reference), device=reference.device)
+    found = kl_divergence(reference.flatten(0, -2), other.flatten(0, -2), torch.float32)
     if mask is not None:
-        tokens = tokens[mask.reshape(-1).to(tokens.device)]
-    total = torch.zeros((), dtype=torch.float64, device=reference.device)
-    for chunk in tokens.split(max(1, _CHUNK // reference.shape[-1])):
-        log_p = reference[chunk].float().log_softmax(-1)
-        log_q = other[chunk].float().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum(-1).sum(dtype=torch.float64)
-    return float(total), len(tokens)
+        found = found[mask.reshape(-1).to(found.device)]
+    return float(found.sum(dtype=torch.float64)), len(found)
+
+
+def kl_divergence(
+    reference: torch.Tensor, other: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """KL(reference || other) = sum p log(p / q) per row, in nats (Kullback and Leibler, 1951).
+
+    A few rows at a time are copied to ``dtype``, never all of them.
+
+    :param reference: logits, [rows, vocabulary]; -inf is probability zero
+    :param other: the same of the other distribution, on the same device
+    :param dtype: of softmax, sum and result
+    :return: [rows], infinite where the other distribution excludes what the reference may say
+    """
+    rows = max(1, _CHUNK // reference.shape[-1])
+    found = torch.empty(len(reference), dtype=dtype, device=reference.device)
+    for into, ours, theirs in zip(found.split(rows), reference.split(rows), other.split(rows), strict=True):
+        log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (ours, theirs))
+        p = log_p.exp()
+        # p log p is 0 at p = 0; and a rounding error must not make a divergence negative.
+        into.copy_(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0))
+    return found
 
 
 def divergence_without(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,18 +9,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.profile.computing import stored_dtype
+from llmcompressor_moe.profile.forward import run_batches
 from llmcompressor_moe.recovery.data import rows_digest
 from llmcompressor_moe.recovery.losses import TopLogits
 
 __all__ = ["LogitCache", "check_cache_target", "has_cache", "open_cache", "write_cache"]
 
 _INDEX = "cache.json"
-# A shard is held in memory while it is written.
+# A shard is held in memory until it is written.
 _SHARD_BYTES = 256 << 20
 # An index and a logit.
 _ENTRY_BYTES = 8
@@ -111,7 +111,6 @@ def check_cache_target(directory: str | Path) -> None:
         )
 
 
-@torch.no_grad()
 def write_cache(
     teacher_model: PreTrainedModel,
     rows: torch.Tensor,
@@ -124,7 +123,9 @@ def write_cache(
 ) -> LogitCache:
     """Run the teacher once over all rows and keep its highest logits; written as a whole or not at all.
 
-    A position takes 4 bytes and 8 per logit kept, 6 where the teacher's logits are in 16 bit.
+    The teacher runs block by block, all rows together, so that one that was opened need not fit in memory. What
+    passes from block to block waits in memory or in files, see `RunOptions`. Logits are kept in the dtype that the
+    teacher is stored in, whatever it is computed in: a position takes 4 bytes and 8 per logit, 6 in 16 bit.
 
     :param rows: [rows, length] token ids
     :param k: logits per position; all of the vocabulary makes the loss of the cache that of the teacher itself
@@ -158,19 +159,33 @@ def write_cache(
         temperature=temperature,
         rows_per_shard=max(1, _SHARD_BYTES // (length * k * _ENTRY_BYTES)),
     )
-    was_training = teacher_model.training
-    teacher_model.eval()
-    try:
-        with atomic_directory(directory, "write the cache again") as written:
-            for name, start in zip(index.shards, range(0, count, index.rows_per_shard), strict=True):
-                shard = rows[start : start + index.rows_per_shard]
-                parts = list(_top(teacher_model, shard, k, batch_size, temperature))
+    batches = [
+        (shard, part)
+        for shard, of_shard in enumerate(rows.split(index.rows_per_shard))
+        for part in of_shard.split(batch_size)
+    ]
+    with atomic_directory(directory, "write the cache again") as written:
+        parts: list[dict[str, torch.Tensor]] = []
+        dtype = stored_dtype(teacher_model)
+
+        def keep(batch: int, logits: torch.Tensor) -> None:
+            shard, _ = batches[batch]
+            parts.append(_top(logits.to(dtype), k, temperature))
+            if batch + 1 == len(batches) or batches[batch + 1][0] != shard:
                 tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-                save_file(tensors, written / name)
-            # Last, so that a directory with it is complete.
-            (written / _INDEX).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    finally:
-        teacher_model.train(was_training)
+                save_file(tensors, written / index.shards[shard])
+                parts.clear()
+
+        run_batches(
+            teacher_model,
+            [{"input_ids": part} for _, part in batches],
+            None,
+            "Keeping the teacher's logits",
+            quantized=True,
+            on_logits=keep,
+        )
+        # Last, so that a directory with it is complete.
+        (written / _INDEX).write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return LogitCache(Path(directory), index)
 
 
@@ -225,15 +240,11 @@ def _rewrite(directory: Path) -> str:
     return f"Remove {str(directory)!r} to have it written anew, or name another directory."
 
 
-def _top(
-    model: PreTrainedModel, rows: torch.Tensor, k: int, batch_size: int, temperature: float
-) -> Iterator[dict[str, torch.Tensor]]:
-    for batch in tqdm(rows.split(batch_size), desc="Keeping the teacher's logits", leave=False):
-        logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-        highest = logits.topk(k, dim=-1)
-        normalizer = torch.stack([(row.float() / temperature).logsumexp(dim=-1) for row in logits])
-        yield {
-            "values": highest.values.cpu(),
-            "indices": highest.indices.int().cpu(),
-            "log_normalizer": normalizer.cpu(),
-        }
+def _top(logits: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:
+    highest = logits.topk(k, dim=-1)
+    normalizer = torch.stack([(row.float() / temperature).logsumexp(dim=-1) for row in logits])
+    return {
+        "values": highest.values.cpu(),
+        "indices": highest.indices.int().cpu(),
+        "log_normalizer": normalizer.cpu(),
+    }

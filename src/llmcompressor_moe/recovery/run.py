@@ -19,7 +19,7 @@ from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.files import write_text
 from llmcompressor_moe.compat.transformers.models import can_choose_experts
 from llmcompressor_moe.evaluation.recovered import RECOVERY_FILE
-from llmcompressor_moe.loading import load_decompressed
+from llmcompressor_moe.loading import load_decompressed, open_as_served
 from llmcompressor_moe.recovery.adapters import inner_model, student_topology
 from llmcompressor_moe.recovery.cache import has_cache, open_cache, write_cache
 from llmcompressor_moe.recovery.data import rows_digest
@@ -253,7 +253,11 @@ def _teacher(
     arguments: TrainingArguments,
     announce: Callable[[str], None],
 ) -> LiveTeacher | CachedTeacher:
-    """What the student learns from; the teacher's likelihood of held-out text goes into the log."""
+    """What the student learns from; the teacher's likelihood of held-out text goes into the log.
+
+    A teacher that runs beside the student is loaded. One whose logits are cached is only opened, and runs block by
+    block.
+    """
     state = PartialState()
     rows, heldout = inputs.rows.train, inputs.rows.heldout
     if settings.cache is None:
@@ -265,8 +269,8 @@ def _teacher(
     measured = settings.cache.with_name(f"{settings.cache.name}.heldout-{rows_digest(heldout)[:16]}.json")
     written = has_cache(settings.cache)
     if not written or not measured.exists():
-        announce("Loading the teacher")
-        model = _loaded_teacher(path, settings, arguments)
+        announce("Opening the teacher")
+        model = open_as_served(path, settings.teacher_dtype, arguments.device)
         nll = ranks_nll(model, heldout, settings.batch_size)
         if state.is_main_process:
             if not written:

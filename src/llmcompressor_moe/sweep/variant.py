@@ -9,7 +9,6 @@ from pathlib import Path
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 
-from llmcompressor_moe.loading import load_model
 from llmcompressor_moe.modifiers import (
     BlockDropModifier,
     ExpertDropModifier,
@@ -17,6 +16,7 @@ from llmcompressor_moe.modifiers import (
     RouterAwareQuantModifier,
 )
 from llmcompressor_moe.quantization.schemes import Candidate
+from llmcompressor_moe.saving.opened import open_moe
 from llmcompressor_moe.sweep.choice import Drops
 
 __all__ = ["make_variant"]
@@ -29,7 +29,8 @@ def make_variant(
     candidates: Mapping[str, Candidate],
     output: Path,
 ) -> None:
-    """Write a checkpoint without data: everything has been decided.
+    """Write a checkpoint without data: everything has been decided. The base is opened, not loaded: what the point
+    leaves as it is goes from file to file.
 
     :param schemes: block index -> candidate, for every MoE layer that is left; empty: all stay in 16 bit
     :param output: its directory; what it holds besides is the plan of schemes, beside it
@@ -45,8 +46,8 @@ def make_variant(
         plan = output.with_name(f"{output.name}-plan.json")
         plan.write_text(json.dumps(_plan(schemes, candidates)))
         recipe.append(RouterAwareQuantModifier(plan_path=str(plan), servable=False))
-    loaded = load_model(model)
-    oneshot(model=loaded, recipe=recipe, output_dir=str(output))
+    opened = open_moe(model, scratch=output.absolute().parent)
+    oneshot(model=opened, recipe=recipe, output_dir=str(output))
 
 
 def _plan(schemes: Mapping[int, str], candidates: Mapping[str, Candidate]) -> dict:
