@@ -4,7 +4,7 @@ they change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +17,10 @@ from compressed_tensors.offload.utils import to_tensor
 from torch import nn
 
 from llmcompressor_moe.checkpoint.sources import Source, Taken
+from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.compressed_tensors import caches_of
 
-__all__ = ["forget", "read_from", "source_of", "take"]
+__all__ = ["forget", "read_ahead", "read_from", "source_of", "take"]
 
 
 class _FromCheckpoint:
@@ -106,6 +107,19 @@ def _kept_in_memory(tensor: torch.Tensor) -> torch.Tensor:
     stand_in = to_tensor(torch.empty_like(tensor, device="meta"), tensor)
     _FromCheckpoint.resident[stand_in] = tensor
     return stand_in
+
+
+def read_ahead(modules: Iterable[nn.Module]) -> None:
+    """Have the system read what these modules need from their checkpoint, while something else is computed."""
+    wanted: dict[StoredTensors, list[str]] = {}
+    for module in modules:
+        if isinstance(module._parameters, OffloadCache):
+            for tensor in module._parameters.offloaded_values.values():
+                source = _FromCheckpoint.sources.get(tensor) if tensor is not None else None
+                for leaf in source.leaves() if source is not None else ():
+                    wanted.setdefault(leaf.stored, []).extend(leaf.parts)
+    for stored, names in wanted.items():
+        stored.will_need(dict.fromkeys(names))
 
 
 def source_of(module: nn.Module, name: str) -> Source | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +40,12 @@ TORCH_DTYPES = {
 }
 
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
 class CheckpointChangedError(OSError):
     """A file of an opened checkpoint was replaced, changed or removed."""
 
@@ -54,7 +63,6 @@ class StoredTensors:
         self.path: Path = layout.path.resolve()
         self.tensors: dict[str, TensorInfo] = layout.tensors
         self._states = {file: _state(self.path / file) for file in layout.files}
-        self._sizes = {file: os.stat(self.path / file).st_size for file in layout.files}
 
     @classmethod
     def of(cls, path: str | Path) -> StoredTensors:
@@ -96,8 +104,7 @@ class StoredTensors:
             raise ValueError(f"tensor {name!r} of {str(path)!r} is {info.dtype}, which torch cannot hold.")
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype)
-        whole = torch.from_file(str(path), shared=False, size=self._sizes[info.file], dtype=torch.uint8)
-        raw = whole[info.start : info.start + info.nbytes]
+        raw = _mapped(path, info.start, info.nbytes)
         if info.start % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).view(info.shape)
@@ -130,6 +137,34 @@ class StoredTensors:
         """Bytes of one entry on a stored tensor's first axis."""
         info = self.tensors[name]
         return info.nbytes // math.prod(info.shape[:1])
+
+
+def _mapped(path: Path, start: int, length: int) -> torch.Tensor:
+    """Bytes of a file as a tensor whose pages are read when they are used.
+
+    torch maps whole files only, which counts them whole against a limit on memory; Python's mmap keeps a file
+    descriptor for every mapping, and a block of a large model has more tensors than a process may have of those.
+    """
+    skipped = start % mmap.PAGESIZE
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        address = _LIBC.mmap(
+            None,
+            skipped + length,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_PRIVATE,
+            descriptor,
+            start - skipped,
+        )
+    finally:
+        os.close(descriptor)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(
+            ctypes.get_errno(), f"{str(path)!r} cannot be mapped: {os.strerror(ctypes.get_errno())}"
+        )
+    pages = (ctypes.c_ubyte * (skipped + length)).from_address(address)
+    weakref.finalize(pages, _LIBC.munmap, address, skipped + length)
+    return torch.frombuffer(pages, dtype=torch.uint8)[skipped:]
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.checkpoint.cache import read_ahead
 from llmcompressor_moe.profile.computing import (
     ComputedModules,
     available_memory,
@@ -261,7 +262,9 @@ class _Lockstep:
                     self._visit(position, there)
 
     def _visit(self, position: int, runs: list[_Run]) -> None:
-        """Lead batches through a block."""
+        """Lead batches through a block; the next one is read meanwhile."""
+        if position + 1 < len(self._parts.blocks):
+            read_ahead(self._parts.blocks[position + 1].modules())
         with self._parts.block_weights[position]:
             for wave in _waves(runs, self._wave_tokens):
                 for run in wave:
