@@ -176,7 +176,7 @@ def compress(
     tokens = sum(map(len, samples["input_ids"])) if samples is not None else 0
     device = get_main_device()
     computed = _compute_dtype(compute_dtype, dtype, before, device)
-    shape = model_shape(model)
+    shape = model_shape(model, before)
     wave = wave_tokens(shape, computed, device, memory)
     estimate = estimate_resources(
         model,

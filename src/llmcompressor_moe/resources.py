@@ -16,10 +16,10 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel
 
-from llmcompressor_moe.check.expected import lay_out
+from llmcompressor_moe.check.expected import build_meta, model_class
 from llmcompressor_moe.criteria import part_metric
 from llmcompressor_moe.forecast import ForecastError, forecast
-from llmcompressor_moe.inspection import inspect_model, read_config
+from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config
 from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
@@ -112,16 +112,17 @@ class ModelShape:
     stored: int
 
 
-def model_shape(path: str | Path) -> ModelShape:
+def model_shape(path: str | Path, inspection: ModelInspection | None = None) -> ModelShape:
     """The shape of a checkpoint, from its config and the sizes of its files.
 
+    :param inspection: what `inspect_model` gave for it, where that is known already
     :raises FileNotFoundError: there is no config.json
     :raises ValueError: transformers cannot build the model from it
     :raises NotAnMoEError: the model has no MoE layer
     """
     config = read_config(path)
-    inspection = inspect_model(path, ())
-    model = lay_out(config).model
+    inspection = inspection or inspect_model(path, ())
+    model = build_meta(config, model_class(config))
     topology = find_topology(model)
     text = text_config(model.config)
     blocks = dict.fromkeys((block.index for block in topology.blocks), 0)
