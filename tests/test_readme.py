@@ -25,7 +25,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compress, load = blocks("python")
     for written, here in (
-        ('"mistralai/Mixtral-8x7B-v0.1"', repr(str(model))),
+        ('"Mixtral-8x7B-v0.1"', repr(str(model))),
         ('"open_platypus"', "data"),
         ('    splits="train[:512]",\n', ""),
     ):
