@@ -217,3 +217,17 @@ def test_mtp_layers_follow(recipe: Callable, layers: int, experts: int, said: st
                 was = draft[f"model.layers.4.mlp.experts.{old}.{projection}.weight"]
                 assert torch.equal(stored[f"mlp.experts.{new}.{projection}.weight"], was)
         assert f"mlp.experts.{experts}.up_proj.weight" not in stored
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_weights_are_converted_on_request(model_type: str, tmp_path: Path) -> None:
+    source, out = support.saved(model_type, tmp_path), tmp_path / "out"
+    recipe = ExpertDropModifier(experts={layer: [7] for layer in range(4)})
+    support.trim(open_moe(source, dtype="bfloat16"), recipe, no_data=True, output_dir=str(out))
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, tensor in after.items():
+        # The last expert went, so what is left comes first.
+        kept = before[name][tuple(slice(size) for size in tensor.shape)]
+        assert torch.equal(tensor, kept.bfloat16()), name

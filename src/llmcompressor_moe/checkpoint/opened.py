@@ -52,6 +52,7 @@ class OpenedCheckpoint:
     :param num_blocks: blocks that it was opened with
     :param moe_layers: MoE layers that it was opened with
     :param quantization: ``quantization_config`` of its config.json
+    :param dtype: what plain weights are written in; None keeps the stored dtypes
     :param requantize: whether its weights are to be written decoded, so that a recipe can quantize them again
     :param scratch: folder for tensors that change
     """
@@ -65,6 +66,7 @@ class OpenedCheckpoint:
     num_blocks: int
     moe_layers: tuple[MoELayer, ...]
     quantization: dict[str, Any] | None
+    dtype: torch.dtype | None
     requantize: bool
     scratch: Path
 
@@ -172,6 +174,7 @@ def open_model(
         num_blocks=len(topology.blocks),
         moe_layers=tuple(topology.moe_layers.values()),
         quantization=quantization,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
         requantize=requantize,
         scratch=folder,
     )

@@ -56,7 +56,8 @@ def open_moe(
 
     :param path: a checkpoint directory: bfloat16, float16 or float32; block FP8; MXFP4; compressed-tensors.
         Trimmed ones as well
-    :param dtype: dtype that parameters have in memory; ``auto`` is the one that the config names
+    :param dtype: ``auto`` keeps every stored dtype; ``bfloat16``, ``float16`` or ``float32`` converts all weights
+        that are not quantized
     :param requantize: write weights that are stored quantized in 16 bit, so that a recipe can quantize them
         otherwise; without it they keep their stored bytes
     :param scratch: folder in which parameters that change are kept; defaults to the system's temporary folder
@@ -103,9 +104,18 @@ def _write(
     for file in carried_files(opened.path):
         # Without its mode: those of a read-only checkpoint are written to.
         shutil.copyfile(file, directory / file.name)
-    edit_config(directory, lambda config: describe_stored_quantization(config, model, opened))
+    edit_config(directory, lambda config: _describe_stored(config, model, opened))
     compressor.update_config(str(directory))
     update_and_save_recipe(str(opened.path), str(directory))
+
+
+def _describe_stored(config: dict[str, Any], model: PreTrainedModel, opened: OpenedCheckpoint) -> None:
+    """What a config says of how weights are stored."""
+    describe_stored_quantization(config, model, opened)
+    for level in (config, config.get("text_config") or {}):
+        for name in ("dtype", "torch_dtype"):
+            if name in level and opened.dtype is not None:
+                level[name] = str(opened.dtype).removeprefix("torch.")
 
 
 def _as_bytes(size: int | str) -> int:

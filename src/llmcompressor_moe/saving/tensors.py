@@ -24,6 +24,8 @@ from llmcompressor_moe.saving.shards import FileRange, OutputTensor
 __all__ = ["copied", "moved_name", "output_tensors", "rows", "stored_module_names"]
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Dtypes of weights that are not quantized.
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -143,19 +145,34 @@ class _Plan:
         for leaf in source.leaves():
             if leaf.expert is not None:
                 self._experts_of(leaf, source, old, now, None)
-            elif leaf.encoded is not None and self._opened.requantize:
-                self._put(_decoded(leaf, moved_name(leaf.name, old, now)), leaf.parts[0])
+            elif self._converts(leaf):
+                self._put(self._converted(leaf, moved_name(leaf.name, old, now)), leaf.parts[0])
             else:
                 for part in leaf.parts:
                     self._put(copied(self._stored, part, moved_name(part, old, now)), part)
 
+    def _converts(self, leaf: Leaf) -> bool:
+        """Whether a stored tensor is written as other bytes than it is stored in."""
+        if leaf.encoded is not None:
+            return self._opened.requantize
+        return self._written_dtype(leaf) != leaf.dtype
+
+    def _written_dtype(self, leaf: Leaf) -> torch.dtype:
+        wanted = self._opened.dtype
+        return wanted if wanted is not None and leaf.dtype in _PLAIN else leaf.dtype
+
+    def _converted(self, leaf: Leaf, name: str) -> OutputTensor:
+        dtype = self._written_dtype(leaf)
+        return _computed(name, leaf.meta.to(dtype), lambda: leaf.read(dtype))
+
     def _add_taken(self, source: Taken, old: str, now: str) -> None:
         (leaf,) = source.leaves()
         name = moved_name(leaf.name, old, now)
-        if leaf.encoded is None and leaf is source.base:
+        if leaf.encoded is None and leaf is source.base and not self._converts(leaf):
             self._put(rows(self._stored, leaf.name, name, source.axis, source.kept), leaf.name)
         else:
-            self._put(_computed(name, source.meta, source.read), leaf.parts[0])
+            dtype = self._written_dtype(leaf)
+            self._put(_computed(name, source.meta.to(dtype), lambda: source.read(dtype)), leaf.parts[0])
 
     def _add_changed(
         self, module: nn.Module, origin: OpenedModule, name: str, value: _Value, now: str
@@ -174,7 +191,8 @@ class _Plan:
             )
         if len(leaves) == 1 and leaves[0] is source and leaves[0].expert is None:
             # Values may be cut as well: the tensor has the shape that it has now.
-            self._add_value(moved_name(source.name, old, now), value, source.parts[0], source.dtype)
+            dtype = self._written_dtype(source)
+            self._add_value(moved_name(source.name, old, now), value, source.parts[0], dtype)
         elif all(leaf.expert is not None for leaf in leaves):
             for leaf in leaves:
                 self._experts_of(leaf, source, old, now, value)
@@ -215,24 +233,25 @@ class _Plan:
 
     def _add_fused(self, fused: _Fused) -> None:
         leaf, kept = fused.leaf, list(fused.experts)
-        if not fused.changed and not (self._opened.requantize and leaf.encoded is not None):
+        if not fused.changed and not self._converts(leaf):
             for part in leaf.parts:
                 self._put(rows(self._stored, part, moved_name(part, fused.old, fused.now), 0, kept), part)
             return
         shape = (len(kept), *leaf.shape)
+        dtype = self._written_dtype(leaf)
 
         def pieces() -> Iterator[torch.Tensor]:
             for expert, parts in fused.experts.items():
                 one = Leaf(self._stored, leaf.name, leaf.dtype, leaf.encoded, expert)
-                buffer = one.read().clone()
+                buffer = one.read(dtype).clone()
                 for source, value in parts:
                     if value is not None:
                         source.write(value.read(), {leaf.name: buffer})
                 yield buffer
 
-        nbytes = math.prod(shape) * leaf.dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         name = moved_name(leaf.name, fused.old, fused.now)
-        self._put(OutputTensor(name, _NAMES[leaf.dtype], shape, nbytes, pieces), leaf.parts[0])
+        self._put(OutputTensor(name, _NAMES[dtype], shape, nbytes, pieces), leaf.parts[0])
 
     def _name_for(self, origin: OpenedModule, name: str, now: str) -> tuple[str, str | None]:
         """Stored name and place for a tensor that a modifier gave to a module, or that is no longer fused."""
@@ -325,10 +344,6 @@ def _runs(kept: Sequence[int]) -> Iterator[tuple[int, int]]:
         if position == len(kept) or kept[position] != kept[position - 1] + 1:
             yield kept[start], position - start
             start = position
-
-
-def _decoded(leaf: Leaf, name: str) -> OutputTensor:
-    return _computed(name, leaf.meta, leaf.read)
 
 
 def _computed(name: str, meta: torch.Tensor, read: Callable[[], torch.Tensor]) -> OutputTensor:
