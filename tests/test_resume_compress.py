@@ -367,3 +367,26 @@ def test_a_read_only_source_is_enough(model: Path, recipe: Path, text: Path, tmp
     assert digests(model) == before
     assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out").iterdir())
     run(model, recipe, text, tmp_path / "out")
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_precision_that_was_chosen_is_taken_over(
+    algorithm: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "precision.yaml"
+    path.write_text(
+        "default_stage: {default_modifiers: {ExpertDropModifier: {num_drop: 2}, RouterAwareQuantModifier: "
+        f"{{target_bits: 6.5, group_size: 32, algorithm: {algorithm}}}}}}}"
+    )
+    run(model, path, text, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmcompressor_moe.saving.opened.carried_files", _stop)
+        with pytest.raises(Stopped):
+            run(model, path, text, tmp_path / "out")
+    monkeypatch.setattr("llmcompressor_moe.quantization.planner.Planner.plan", None)
+    run(model, path, text, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def _stop(*_args) -> None:
+    raise Stopped

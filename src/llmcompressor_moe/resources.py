@@ -44,6 +44,8 @@ __all__ = [
 IMPORTS = 450_000_000
 # Hidden states that one block holds at a time; see `profile.lockstep`.
 _COPIES = 6
+# The busiest expert sees about so many times its even share of the tokens.
+_SKEW = 2
 # Decoding a quantized expert holds about as many float32 copies of it.
 _DECODING_COPIES = 3
 # A pass for the sampling, one before and one after for the comparison on held-out data.
@@ -90,6 +92,7 @@ class ModelShape:
     :param block_weights: parameters of the largest block without its routed experts
     :param expert_weights: parameters of the largest routed expert
     :param router_weights: parameters outside embeddings, attention and experts that router calibration may change
+    :param expert_share: tokens that an expert sees when all see as many
     :param copies: hidden states per token that one block holds at a time
     :param quantized: whether the weights are stored quantized
     :param dtype: that the config names
@@ -105,6 +108,7 @@ class ModelShape:
     block_weights: int
     expert_weights: int
     router_weights: int
+    expert_share: float
     copies: int
     quantized: bool
     dtype: torch.dtype
@@ -147,6 +151,7 @@ def model_shape(path: str | Path, inspection: ModelInspection | None = None) -> 
         block_weights=max(blocks.values()),
         expert_weights=max(layer.expert_parameters for layer in inspection.moe_layers),
         router_weights=routers,
+        expert_share=max(layer.top_k / layer.experts for layer in inspection.moe_layers),
         copies=copies,
         quantized=inspection.quantization is not None,
         dtype=getattr(torch, inspection.dtype),
@@ -202,7 +207,11 @@ def estimate_resources(
     limit = available_memory("cpu") // 2 if max_memory is None else max_memory
     # Hidden states, and the rotary embeddings that every batch has.
     all_waiting = tokens * (shape.hidden + 2 * shape.head_dim) * size
-    in_wave = min(tokens, max(wave, batch_tokens)) * shape.hidden * size * shape.copies
+    together = min(tokens, max(wave, batch_tokens))
+    # Three matrices: an expert's inputs, outputs and weighted outputs, and what is between its matrices.
+    in_expert = 3 * (shape.hidden + shape.expert_weights // (3 * shape.hidden))
+    in_wave = together * size * shape.hidden * shape.copies
+    in_wave += round(together * min(1, _SKEW * shape.expert_share)) * size * in_expert
     expert = shape.expert_weights * (4 * _DECODING_COPIES if shape.quantized else size)
     logits = _GATE_WINDOW * shape.vocabulary * 4 if gated else 0
     output, at_most = _output(path, shape, recipe, requantize)
