@@ -42,7 +42,9 @@ def test_cut_checkpoint_computes_what_the_uncut_model_does_without_those_parts(
     with load_trimmed_moe():
         model, info = load(path)
     assert not any(info.values()), info
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    # Rounding of sums differs by machine, in steps of the largest values.
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5 * scale, rtol=1e-5)
 
     model.save_pretrained(tmp_path / "again")
     assert "allow_global_per_layer_attribute_access" not in (tmp_path / "again" / "config.json").read_text()
