@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import weakref
@@ -128,15 +127,6 @@ class StoredTensors:
                     os.posix_fadvise(descriptor, info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a stored tensor."""
-        return self.tensors[name].nbytes
-
-    def row_bytes(self, name: str) -> int:
-        """Bytes of one entry on a stored tensor's first axis."""
-        info = self.tensors[name]
-        return info.nbytes // math.prod(info.shape[:1])
 
 
 def _mapped(path: Path, start: int, length: int) -> torch.Tensor:

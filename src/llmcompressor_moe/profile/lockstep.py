@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from llmcompressor_moe.profile.computing import (
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
 from llmcompressor_moe.profile.options import current_options
 from llmcompressor_moe.profile.waiting import Waiting, tensors_in
-from llmcompressor_moe.surgery.bypass import pass_through
+from llmcompressor_moe.surgery.bypass import bypassed, pass_through
 from llmcompressor_moe.topology import NotAnMoEError, expert_modules, find_topology, text_config
 
 __all__ = ["Snapshot", "run_lockstep"]
@@ -343,17 +342,17 @@ class _Lockstep:
     def _replace_forwards(self, stack: contextlib.ExitStack) -> None:
         parts = self._parts
         for position, block in enumerate(parts.blocks):
-            stack.enter_context(_replaced(block, self._block_forward(position, block, block.forward)))
+            stack.enter_context(bypassed(block, self._block_forward(position, block, block.forward)))
         for experts in parts.experts:
             own = self._experts_forward[experts] = _unwatched(experts, experts.forward)
             alone = any(map(_rounds_tokens_together, experts.modules()))
-            stack.enter_context(_replaced(experts, own if alone else self._pausing_experts(experts, own)))
+            stack.enter_context(bypassed(experts, own if alone else self._pausing_experts(experts, own)))
         for expert, weights in parts.single_experts:
-            stack.enter_context(_replaced(expert, _inside(weights, expert.forward)))
+            stack.enter_context(bypassed(expert, _inside(weights, expert.forward)))
         for embedding in parts.embeddings:
-            stack.enter_context(_replaced(embedding, _cast(embedding.forward, parts.dtype)))
+            stack.enter_context(bypassed(embedding, _cast(embedding.forward, parts.dtype)))
         if parts.head is not None:
-            stack.enter_context(_replaced(parts.head, self._head_forward(parts.head.forward)))
+            stack.enter_context(bypassed(parts.head, self._head_forward(parts.head.forward)))
 
     def _block_forward(self, position: int, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         start = self._start
@@ -393,19 +392,6 @@ class _Lockstep:
             return own(*args, **kwargs)
 
         return forward
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    # Offloading wraps a module's forward and expects a bound method there.
-    module.forward = types.MethodType(lambda _self, *args, **kwargs: forward(*args, **kwargs), module)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _inside(weights: ComputedModules, own: Callable[..., Any]) -> Callable[..., Any]:
