@@ -71,12 +71,15 @@ class BlockDropModifier(PartDropModifier):
     def _compares_runs(self) -> bool:
         return self.pattern == "consecutive" and self.threshold is None and self._needs_data()
 
+    def _profiles_runs(self) -> bool:
+        return self._compares_runs() and self.metric == "cosine"
+
     def _run_length(self) -> int | None:
-        return self._count() if self._compares_runs() and self.metric == "cosine" else None
+        return self._count() if self._profiles_runs() else None
 
     def _statistics(self) -> set[Statistic]:
         statistics = super()._statistics()
-        return {*statistics, Statistic.RUN} if self._run_length() else statistics
+        return {*statistics, Statistic.RUN} if self._profiles_runs() else statistics
 
     def _check_model(self, session: TrimSession) -> None:
         reason = exception_for(session.topology.model_type).refuse_block_drop

@@ -58,7 +58,7 @@ def kl_divergence(
         log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (ours, theirs))
         p = log_p.exp()
         # p log p is 0 at p = 0; and a rounding error must not make a divergence negative.
-        into.copy_(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0))
+        into.copy_(torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_min(0.0))
     return found
 
 
