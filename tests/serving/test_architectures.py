@@ -15,7 +15,7 @@ from serving.cases import (
     make_case,
     untouched_reference,
 )
-from serving.engine import Result, vllm_logprobs
+from serving.engine import FLOAT32_NOISE, Result, vllm_logprobs
 
 pytestmark = pytest.mark.serving
 
@@ -59,7 +59,7 @@ def test_vllm_scores_like_transformers(architecture, variant, served, record_pro
     assert (effect == 0) if variant == "untouched" else (effect > 0.1)
     difference = result.difference(case.reference)
     record_property("difference", difference)
-    assert difference < 1e-4
+    assert difference < FLOAT32_NOISE
 
 
 @pytest.mark.parametrize("variant", HETEROGENEOUS)

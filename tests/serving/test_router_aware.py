@@ -18,7 +18,7 @@ from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, RouterAware
 from llmcompressor_moe.check import check_checkpoint
 from serving.cases import ARCHITECTURES, PROMPTS, Case
 from serving.checkpoints import moe_name
-from serving.engine import Result, transformers_logprobs, vllm_logprobs
+from serving.engine import FLOAT32_NOISE, Result, transformers_logprobs, vllm_logprobs
 from serving.quantize import dequantized, write_plan
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"]
@@ -151,7 +151,7 @@ def test_quantized_experts(family, variant, shimmed):
     case, result = shimmed[family, variant]
     assert check_checkpoint(case.checkpoint).ok
     assert len(_schemes(case.checkpoint)) == KINDS.get(variant, 2)
-    assert result.difference(case.reference) < 1e-4
+    assert result.difference(case.reference) < FLOAT32_NOISE
 
 
 @pytest.mark.serving
@@ -172,7 +172,7 @@ def test_vllm_fails_where_check_says_so(family, variant, shimmed):
 def test_unquantized_experts_without_help(family, variant, native):
     case, result = native[family, variant]
     assert check_checkpoint(case.checkpoint).ok
-    assert result.difference(case.reference) < 1e-4
+    assert result.difference(case.reference) < FLOAT32_NOISE
 
 
 @pytest.mark.serving
@@ -183,7 +183,7 @@ def test_fp8_attention_without_help(family, variant, native):
     case, result = native[family, variant]
     assert check_checkpoint(case.checkpoint).ok
     differences = result.differences(case.reference)
-    assert differences.quantile(0.8) < 1e-4
+    assert differences.quantile(0.8) < FLOAT32_NOISE
     assert differences.max() < 1e-2
 
 
@@ -194,6 +194,8 @@ def test_int4_attention_without_help(family, variant, native):
     """Within what bfloat16 costs without any quantization."""
     case, result = native[family, variant]
     assert check_checkpoint(case.checkpoint).ok
+    if "no attribute 'cpu_gemm_wna16'" in (result.error or ""):
+        pytest.skip("vLLM has no int4 kernel for this CPU")
     plain, plain_result = native[family, "bfloat16"]
     noise = plain_result.differences(plain.reference)
     assert result.differences(case.reference).median() < 2 * noise.median()
