@@ -25,6 +25,7 @@ import peft.utils.transformers_weight_conversion as weight_conversion
 import pytest
 import tiny_models
 import torch
+import tqdm
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
 from compressed_tensors.quantization import QuantizationArgs
@@ -811,3 +812,9 @@ def test_a_module_is_initialized_alone() -> None:
     rotary.inv_freq.zero_()
     initialize(model.model, rotary)
     assert torch.equal(rotary.inv_freq, expected)
+
+
+def test_upstream_draws_a_bar_for_each_part_of_a_model() -> None:
+    module = importlib.import_module("llmcompressor.pipelines.sequential.pipeline")
+    assert module.tqdm is tqdm.tqdm
+    assert "LifecycleCallbacks.sequential_epoch_end(subgraph.submodules(model))" in inspect.getsource(module)

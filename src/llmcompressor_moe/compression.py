@@ -26,6 +26,7 @@ from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check import CheckReport, IllegalCheckpointError, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_write, unfinished_in
 from llmcompressor_moe.checkpoint.fingerprint import fingerprint
+from llmcompressor_moe.compat.llmcompressor.progress import without_bars
 from llmcompressor_moe.inspection import ModelInspection, inspect_model
 from llmcompressor_moe.limits import LimitsBrokenError
 from llmcompressor_moe.loading import DTYPES, load_tokenizer
@@ -33,6 +34,7 @@ from llmcompressor_moe.modifiers import QualityGateModifier, RouterCalibrationMo
 from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.profile.computing import fast_dtype
 from llmcompressor_moe.profile.options import run_options
+from llmcompressor_moe.progress import run_progress
 from llmcompressor_moe.recipe_file import read_recipe
 from llmcompressor_moe.report import ModifierReport
 from llmcompressor_moe.resources import (
@@ -220,15 +222,22 @@ def compress(
             _kept_if_worth(work),
             work.current(),
             run_options(compute_dtype=computed, max_memory=memory, scratch=work.scratch, **chosen),
+            run_progress(estimate.work, estimate.pass_work) as run,
+            without_bars(lambda: run.part_of_pass(1 / (shape.blocks + 1))),
         ):
-            announce("Opening the model")
+
+            def step(text: str) -> None:
+                with run.aside():
+                    announce(text)
+
+            step("Opening the model")
             loaded = open_moe(model, dtype=dtype, requantize=requantize, scratch=work.scratch)
-            announce(
+            step(
                 "Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers)
             )
             loaded = oneshot(model=loaded, tokenizer=tokenizer, recipe=steps, pipeline=pipeline, **options)
             target = rejected(output) if broken_limits_of(loaded) else Path(output)
-            announce(f"Saving to {target}")
+            step(f"Saving to {target}")
             with unfinished_in(work.unfinished, _CONTINUE):
                 loaded.save_pretrained(output)
     check = check_checkpoint(output)

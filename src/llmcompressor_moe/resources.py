@@ -48,9 +48,12 @@ _COPIES = 6
 _SKEW = 2
 # Decoding a quantized expert holds about as many float32 copies of it.
 _DECODING_COPIES = 3
-# A pass for the sampling, one before and one after for the comparison on held-out data.
-_ROUTER_AWARE_PASSES = 3
+# A pass for the sampling, one before and one after for the comparison on held-out data; trying schemes takes as
+# long as a pass.
+_ROUTER_AWARE_PASSES = 4
 _GATE_PASSES = 2
+# A few cores compute so much in float32 while a disk reads a byte.
+_FLOPS_PER_BYTE = 40
 _GATE_WINDOW = 2048
 
 
@@ -68,6 +71,7 @@ class ResourceEstimate(BaseModel):
     :param output_at_most: whether ``output`` is only known to be no more than this
     :param reads: read from the checkpoint over all passes
     :param passes: over calibration data
+    :param pass_work: what one pass takes, computing included: bytes that are read in that time
     """
 
     memory: int
@@ -76,6 +80,12 @@ class ResourceEstimate(BaseModel):
     output_at_most: bool
     reads: int
     passes: int
+    pass_work: int = 0
+
+    @property
+    def work(self) -> int:
+        """What the whole run takes, in the unit of ``pass_work``."""
+        return self.passes * self.pass_work + self.output
 
     @property
     def disk(self) -> int:
@@ -114,6 +124,12 @@ class ModelShape:
     dtype: torch.dtype
     nbytes: int
     stored: int
+
+    @property
+    def active_weights(self) -> int:
+        """Parameters of the blocks that compute for one token."""
+        dense = self.blocks * self.block_weights
+        return dense + round(max(0, self.nbytes // self.dtype.itemsize - dense) * self.expert_share)
 
 
 def model_shape(path: str | Path, inspection: ModelInspection | None = None) -> ModelShape:
@@ -226,6 +242,7 @@ def estimate_resources(
         # Writing reads what it copies.
         reads=passes * shape.stored + min(output, shape.stored),
         passes=passes,
+        pass_work=shape.stored + round(2 * tokens * shape.active_weights / _FLOPS_PER_BYTE),
     )
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.computing import available_memory
 from llmcompressor_moe.profile.data import require_finite
 from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
 from llmcompressor_moe.profile.lockstep import Snapshot
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through, silence
 from llmcompressor_moe.topology import Topology, text_config
 
@@ -85,7 +85,7 @@ def divergence_without(
     sums = torch.zeros(len(candidates) + 1, dtype=torch.float64)
     firsts = {indices[0] for indices in candidates}
     groups = _groups(batches, _token_bytes(model, len(firsts)), available_memory("cpu") // 4)
-    with tqdm(total=len(groups) * len(candidates), desc="Divergence", leave=False) as progress:
+    with progress(len(groups) * len(candidates), "Divergence") as advance:
         for group in groups:
             intact = _run_intact(model, group, firsts)
             for position, indices in enumerate(candidates):
@@ -93,7 +93,7 @@ def divergence_without(
                     for index in indices:
                         stack.enter_context(_without(model, topology, index, part))
                     sums[position] += _divergence(model, group, intact, indices[0])
-                progress.update()
+                advance(1)
             sums[-1] += sum(_count(batch) for batch in group)
     sums = sum_over_ranks(sums)
     divergence = {

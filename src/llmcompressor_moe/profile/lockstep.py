@@ -25,7 +25,6 @@ from compressed_tensors.quantization import QuantizationStrategy
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.cache import read_ahead
@@ -38,6 +37,7 @@ from llmcompressor_moe.profile.computing import (
 from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
 from llmcompressor_moe.profile.options import current_options
 from llmcompressor_moe.profile.waiting import Waiting, tensors_in
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through
 from llmcompressor_moe.topology import NotAnMoEError, expert_modules, find_topology, text_config
 
@@ -104,9 +104,9 @@ def run_lockstep(
     with (
         torch.no_grad(),
         Waiting(device, on_device, host, scratch or options.scratch) as waiting,
-        tqdm(total=total, desc=description, leave=False, disable=description is None) as progress,
+        progress(total, description, passes=1 - start_block / len(parts.blocks)) as advance,
     ):
-        _Lockstep(model, batches, parts, events, start, wave, waiting, progress).run()
+        _Lockstep(model, batches, parts, events, start, wave, waiting, advance).run()
 
 
 @dataclass(frozen=True)
@@ -228,10 +228,10 @@ class _Lockstep:
         start: _Start,
         wave_tokens: int,
         waiting: Waiting,
-        progress: tqdm,
+        advance: Callable[[int], Any],
     ) -> None:
         self._model, self._parts, self._events, self._start = model, parts, events, start
-        self._wave_tokens, self._waiting, self._progress = wave_tokens, waiting, progress
+        self._wave_tokens, self._waiting, self._advance = wave_tokens, waiting, advance
         self._scheduler = greenlet.getcurrent()
         self._running: _Run | None = None
         self._passed: Counter[int] = Counter()
@@ -271,7 +271,7 @@ class _Lockstep:
                 while here := [run for run in wave if isinstance(run.at, _AtExperts)]:
                     experts = here[0].at.experts
                     self._route([run for run in here if run.at.experts is experts])
-                self._progress.update(len(wave))
+                self._advance(len(wave))
         if self._events.on_block_done is not None and self._passed[position] >= len(self._runs):
             self._events.on_block_done(position, lambda: {run.index: run.output for run in self._runs})
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.offload import align_modules, get_execution_device
 from torch import nn
-from tqdm import tqdm
 
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.samples import ExpertSample, LayerSample
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.quantization.trial import Trial
 
@@ -52,8 +52,10 @@ def measure_candidates(
     :return: block index -> measurement, the same on all ranks
     """
     found = {}
-    for layer in tqdm(experts, desc="Trying schemes", leave=False):
-        found[layer] = measure_layer(experts[layer], samples[layer], candidates)
+    with progress(len(experts), "Trying schemes", passes=1) as advance:
+        for layer in experts:
+            found[layer] = measure_layer(experts[layer], samples[layer], candidates)
+            advance(1)
     return found
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from compressed_tensors import ModelCompressor
 from compressed_tensors.config import CompressionFormat
 from llmcompressor.transformers.compression.compressed_tensors_utils import update_and_save_recipe
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.config_file import edit_config
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, open_model, opened_from
 from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.saving.kept_quantization import describe_stored_quantization
 from llmcompressor_moe.saving.leftovers import leftover_tensors
 from llmcompressor_moe.saving.mtp import plan_mtp
@@ -97,10 +97,9 @@ def _write(
         switch_off_mtp(model.config)
     model._mtp_note = mtp.note
     tensors = [*output_tensors(model, opened), *leftover_tensors(model, opened, mtp)]
-    with tqdm(
-        desc="Writing", total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, leave=False
-    ) as bar:
-        write_shards(directory, tensors, _as_bytes(max_shard_size or _SHARD_BYTES), bar.update)
+    total = sum(tensor.nbytes for tensor in tensors)
+    with progress(total, "Writing", nbytes=total, unit="B", unit_scale=True) as advance:
+        write_shards(directory, tensors, _as_bytes(max_shard_size or _SHARD_BYTES), advance)
     for file in carried_files(opened.path):
         # Without its mode: those of a read-only checkpoint are written to.
         shutil.copyfile(file, directory / file.name)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loguru import logger
-from tqdm import tqdm
 
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.recovery.router_calibration.fitting import (
     common_steps,
     fit_layer,
@@ -207,18 +207,20 @@ class _Calibration:
     def _fit_layers(self) -> None:
         settings = self._settings
         received = self._received(self._recording.batches, settings.layer_tokens)
-        for index, block in tqdm(self._blocks.items(), desc="Calibrating routers", leave=False):
-            wanted = self._recording.wanted[index].outputs
-            steps = common_steps(settings.steps, len(wanted))
-            fit_layer(
-                self._model,
-                block,
-                self._parameters[index],
-                received[index],
-                wanted,
-                steps,
-                settings.learning_rate,
-            )
+        with progress(len(self._blocks), "Calibrating routers", passes=1) as advance:
+            for index, block in self._blocks.items():
+                wanted = self._recording.wanted[index].outputs
+                steps = common_steps(settings.steps, len(wanted))
+                fit_layer(
+                    self._model,
+                    block,
+                    self._parameters[index],
+                    received[index],
+                    wanted,
+                    steps,
+                    settings.learning_rate,
+                )
+                advance(1)
 
     def _errors(self) -> dict[int, float]:
         return {

@@ -12,11 +12,11 @@ from compressed_tensors.offload import disable_offloading, get_execution_device
 from compressed_tensors.utils import patch_attr
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.forward import forwards, sum_over_ranks
 from llmcompressor_moe.profile.observing import RoutedObserver, first_tensor
+from llmcompressor_moe.progress import progress
 from llmcompressor_moe.recovery.fake_quantization import gradients_through_rounding
 from llmcompressor_moe.recovery.router_calibration.outputs import OutputRecord, learning, output_loss
 from llmcompressor_moe.recovery.router_calibration.recording import LayerRecord
@@ -87,10 +87,12 @@ def fit_outputs(
         for layer in parameters.values():
             stack.enter_context(layer.active())
         turns = descend(list(parameters.values()), steps, learning_rate)
-        for _, indices in zip(turns, tqdm(shares, desc="Calibrating routers", leave=False), strict=False):
+        advance = stack.enter_context(progress(len(shares), "Calibrating routers", passes=1))
+        for _, indices in zip(turns, shares, strict=False):
             for index in indices.tolist():
                 with torch.enable_grad():
                     (output_loss(model, record, index) / len(indices)).backward()
+            advance(1)
 
 
 def common_steps(wanted: int, available: int) -> int:
