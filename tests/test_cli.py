@@ -210,6 +210,7 @@ def test_python_and_command_line_do_the_same(model, text, tmp_path):
         ("a: [", "is no YAML"),
         ("- LayerDropModifier", "holds list, no mapping"),
         ("{}", "names no modifier"),
+        (LAYER_DROP.replace("num_drop: 1", "num_drop: 2, num_drop: 1"), "the key 'num_drop' is given twice"),
         ("default: {default_modifiers: {}}", "'default' is no stage"),
         ("default_stage: {LayerDropModifier: {num_drop: 1}}", "LayerDropModifier is no group"),
         ("default_stage: {default_modifiers: {LayerDropModifier: }}", "LayerDropModifier=None has no fields"),

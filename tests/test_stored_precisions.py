@@ -166,6 +166,32 @@ def test_precisions_that_cannot_be_read_are_refused_by_name(method: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("deepseek_v3", {"num_nextn_predict_layers": 1}),
+        ("minimax_m2", {"use_mtp": True, "num_mtp_modules": 3}),
+        ("qwen3_next", {"mtp_num_hidden_layers": 1}),
+    ],
+)
+def test_mtp_layers_that_no_file_holds_are_not_announced(
+    family: str, fields: dict[str, int], tmp_path: Path
+) -> None:
+    source, path, out = support.saved(family, tmp_path), tmp_path / "mtp", tmp_path / "out"
+    shutil.copytree(source, path)
+    edit(path, **fields)
+    support.trim(
+        open_moe(path),
+        ExpertDropModifier(num_drop=2, criterion="weight_norm"),
+        no_data=True,
+        output_dir=str(out),
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert {name: config[name] for name in fields} == {name: type(value)() for name, value in fields.items()}
+    assert "switched off: no file of the source holds one" in (out / "README.md").read_text()
+    assert check_checkpoint(out).ok
+
+
+@pytest.mark.parametrize(
     ("recipe", "layers", "experts", "said"),
     [
         (lambda: BlockDropModifier(blocks=[2]), 1, 8, "kept"),

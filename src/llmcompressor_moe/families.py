@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FamilyException", "exception_for"]
+__all__ = ["MTP_COUNTS", "MTP_SWITCHES", "FamilyException", "exception_for"]
+
+# How configs announce multi-token-prediction (MTP) layers: by their number, and some by a switch beside it.
+# transformers leaves those layers out, so a model's structure tells nothing of them.
+MTP_COUNTS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
+MTP_SWITCHES = ("use_mtp",)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
 from llmcompressor_moe.compat.llmcompressor.recipes import known_modifiers, load_modifiers
+from llmcompressor_moe.yaml_file import read_yaml
 
 __all__ = ["RecipeError", "read_recipe"]
 
@@ -46,13 +46,9 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"recipe {str(path)!r} cannot be read ({error.strerror}); name a YAML file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {str(path)!r} is no YAML: {error}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise RecipeError(f"recipe {str(path)!r} {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {str(path)!r} holds {type(content).__name__}, no mapping: {_SHAPE}.")
     return content

@@ -8,6 +8,7 @@ from llmcompressor_moe.check.expected import ExpectedModel, layer_of
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.check.stack import mtp_layers
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, TensorInfo
+from llmcompressor_moe.families import MTP_COUNTS
 
 _COMPONENT = re.compile(r"(^|\.)mtp(_layers|_block)?(\.|$)")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d{1,6})\.")
@@ -62,8 +63,7 @@ def check_mtp(
 
 
 def _resolved(config: ReadConfig) -> dict:
-    names = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-    return {name: config.value(name) for name in names}
+    return {name: config.value(name) for name in MTP_COUNTS}
 
 
 def _mtp_tensors(

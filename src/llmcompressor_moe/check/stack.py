@@ -9,7 +9,7 @@ from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.expected import ExpectedModel, layer_of
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout
-from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.families import MTP_COUNTS, exception_for
 
 # Lists of layer indices; every other list with "layer" in its name that starts out as long as the stack has
 # one entry per layer.
@@ -151,7 +151,7 @@ def check_layer_lists(
 
 def mtp_layers(raw_text: dict[str, Any]) -> int:
     """Number of multi-token-prediction layers that a config announces."""
-    for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"):
+    for name in MTP_COUNTS:
         value = raw_text.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint
+from llmcompressor_moe.families import MTP_COUNTS
 from llmcompressor_moe.saving.shards import OutputTensor
 from llmcompressor_moe.saving.tensors import copied, rows
-from llmcompressor_moe.topology import MoELayer, NotAnMoEError, find_topology
+from llmcompressor_moe.topology import MoELayer, NotAnMoEError, find_topology, text_config
 
 __all__ = ["MtpPlan", "cut_tensor", "is_mtp", "plan_mtp"]
 
@@ -30,7 +31,7 @@ class MtpPlan:
 
     :param keep: whether they are written
     :param experts: name of an MoE layer in the files -> its experts that stay; empty where all do
-    :param note: a sentence for the model card; empty where there are no MTP layers
+    :param note: a sentence for the model card; empty where there is nothing to say of MTP layers
     """
 
     keep: bool
@@ -57,7 +58,9 @@ def plan_mtp(model: PreTrainedModel, opened: OpenedCheckpoint, quantizes: bool) 
     """
     names = [name for name in sorted(opened.unused) if is_mtp(name, opened)]
     if not names:
-        return MtpPlan(keep=True, experts={}, note="")
+        announced = any(getattr(text_config(model.config), name, None) for name in MTP_COUNTS)
+        note = "MTP layers are switched off: no file of the source holds one." if announced else ""
+        return MtpPlan(not announced, {}, note)
     before = {layer.num_experts for layer in opened.moe_layers}
     try:
         now = list(find_topology(model).moe_layers.values())

@@ -15,6 +15,7 @@ from llmcompressor_moe.compat.transformers.per_layer import (
     layer_overrides,
     says_that_none_differs,
 )
+from llmcompressor_moe.families import MTP_COUNTS, MTP_SWITCHES
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
 __all__ = ["describe_layers", "keep_blocks", "per_layer_overrides", "set_expert_count", "switch_off_mtp"]
@@ -33,7 +34,6 @@ _PREFIX_COUNTS = {
 # Inclusive index of the last block of a range.
 _LAST_INDICES = {"moe_layer_end_index"}
 _BLOCK_COUNT = "num_hidden_layers"
-_MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 _NOT_PER_BLOCK = re.compile(r"token|section|architectures|keys_to_ignore|^rope_|labels|languages")
 
 
@@ -144,8 +144,8 @@ def switch_off_mtp(config: PreTrainedConfig) -> list[str]:
     would contradict it.
     """
     config = text_config(config)
-    names = dict.fromkeys(config.attribute_map.get(name, name) for name in _MTP)
+    names = dict.fromkeys(config.attribute_map.get(name, name) for name in (*MTP_COUNTS, *MTP_SWITCHES))
     switched = [name for name in names if getattr(config, name, None)]
     for name in switched:
-        setattr(config, name, 0)
+        setattr(config, name, type(getattr(config, name))())
     return switched
