@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ import support
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, RouterAwareQuantModifier
+from llmcompressor_moe import (
+    BlockDropModifier,
+    ExpertDropModifier,
+    LayerDropModifier,
+    RouterAwareQuantModifier,
+)
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.names import expert_names
 from llmcompressor_moe.profile.splitting import split_held_out
@@ -369,3 +376,46 @@ def test_rounded_routers_are_guarded(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"router='W2A16' would change .* max_routing_change=0.01 allows"):
         quantize(base, tmp_path / "refused", router="W2A16", max_routing_change=0.01)
     assert not (tmp_path / "refused").exists()
+
+
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def router_aware(**fields: object) -> RouterAwareQuantModifier:
+    return RouterAwareQuantModifier(schemes=["W8A16"], group_size=32, target_bits=9, **fields)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda: [QuantizationModifier(kv_cache_scheme=KV_CACHE), router_aware()],
+        lambda: [router_aware(), QuantizationModifier(kv_cache_scheme=KV_CACHE)],
+        lambda: [router_aware(kv_cache_scheme=KV_CACHE)],
+        lambda: [router_aware(kv_cache_scheme=KV_CACHE, algorithm="gptq")],
+        lambda: [
+            router_aware(kv_cache_scheme=KV_CACHE, attention_scheme="W8A16"),
+            BlockDropModifier(blocks=[1]),
+        ],
+    ],
+    ids=["beside, before", "beside, after", "field", "field with gptq", "field with attention and a drop"],
+)
+def test_a_quantized_kv_cache(recipe: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    support.trim(support.load(support.saved("qwen3_moe", tmp_path)), recipe(), output_dir=str(out))
+    written = json.loads((out / "config.json").read_text())
+    quantization = written["quantization_config"]
+    assert {name: quantization["kv_cache_scheme"][name] for name in KV_CACHE} == KV_CACHE
+    assert all(group["weights"]["num_bits"] == 8 for group in quantization["config_groups"].values())
+    tensors = load_file(out / "model.safetensors")
+    for name in ("k_scale", "v_scale"):
+        scales = [tensor for key, tensor in tensors.items() if key.endswith(name)]
+        assert len(scales) == written["num_hidden_layers"] and all((scale > 0).all() for scale in scales)
+    assert any(".experts." in key and key.endswith("weight_packed") for key in tensors)
+    assert check_checkpoint(out).ok
+
+
+def test_a_kv_cache_is_quantized_once(tmp_path: Path) -> None:
+    model = support.load(support.saved("qwen3_moe", tmp_path))
+    recipe = [QuantizationModifier(kv_cache_scheme=KV_CACHE), router_aware(kv_cache_scheme=KV_CACHE)]
+    with pytest.raises(ValueError, match="quantizes the KV cache as well"):
+        support.trim(model, recipe)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
@@ -71,6 +72,8 @@ class RouterAwareQuantModifier(MoEModifier):
     :param algorithm: ``rtn``, ``gptq`` or ``awq``
     :param attention_scheme: scheme of all Linears of attention; None leaves them in 16 bit
     :param dense_scheme: the same for shared experts and dense feed-forward layers
+    :param kv_cache_scheme: how keys and values are quantized, in the fields of compressed-tensors'
+        ``QuantizationArgs``; None leaves them in 16 bit
     :param ignore: names or ``re:`` patterns that stay in 16 bit; routers always do unless ``router`` is set
     :param router: scheme on whose grid the routers are rounded; they stay stored in 16 bit
     :param max_routing_change: largest share of routing decisions that rounding the routers may change
@@ -87,6 +90,7 @@ class RouterAwareQuantModifier(MoEModifier):
     algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
     attention_scheme: SchemeSpec | None = None
     dense_scheme: SchemeSpec | None = None
+    kv_cache_scheme: QuantizationArgs | None = None
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     router: SchemeSpec | None = None
     max_routing_change: float = Field(default=0.02, ge=0, le=1)
@@ -125,7 +129,8 @@ class RouterAwareQuantModifier(MoEModifier):
         # A plan's own schemes are known only when it has been read.
         candidates = [] if self.plan_path is not None else self._asked.candidates
         every = [*candidates, *self._fixed()]
-        if self.plan_path is None and all(candidate.scheme is None for candidate in every):
+        nothing = self.kv_cache_scheme is None and all(candidate.scheme is None for candidate in every)
+        if self.plan_path is None and nothing:
             raise ValueError(
                 f"schemes={self.schemes} quantizes nothing; name a scheme, or leave the modifier out."
             )
@@ -142,7 +147,12 @@ class RouterAwareQuantModifier(MoEModifier):
         self._refuse_another()
         planner = self._planner()
         refusals.check_not_quantized(state.model, planner.names)
-        refusals.check_others(state.model, [m for m in recipe_modifiers() if m is not self], planner.names)
+        refusals.check_others(
+            state.model,
+            [m for m in recipe_modifiers() if m is not self],
+            planner.names,
+            self.kv_cache_scheme is not None,
+        )
         for experts in planner.experts.values():
             linears = {name: linear for expert in experts for name, linear in expert.items()}
             refusals.check_shapes(linears, self._asked.candidates, self._source)
@@ -190,7 +200,7 @@ class RouterAwareQuantModifier(MoEModifier):
             self._reference = heldout.observe_reference(session, held, apart, skip)
         mappings = awq_mappings(state.model) if self.algorithm == "awq" else None
         self._upstream = algorithms.UpstreamQuantization(
-            self.algorithm, planner.groups(self._report), mappings
+            self.algorithm, planner.groups(self._report), mappings, self.kv_cache_scheme
         )
         pin_only_with_an_accelerator()
         self._upstream.start(state, event, **kwargs)
@@ -235,7 +245,9 @@ class RouterAwareQuantModifier(MoEModifier):
 
     def _require_data_for(self, candidates: list[Candidate]) -> None:
         static = any(needs_static_inputs(candidate.scheme) for candidate in candidates)
-        self.requires_calibration_data = algorithms.needs_data(self.algorithm) or static
+        self.requires_calibration_data = (
+            algorithms.needs_data(self.algorithm) or static or self.kv_cache_scheme is not None
+        )
 
     def _needs_data(self) -> bool:
         measures = self.plan_path is None and sensitivity(self.sensitivity).needs_data
@@ -245,6 +257,7 @@ class RouterAwareQuantModifier(MoEModifier):
         """What to change in the fields so that no data is needed."""
         ways = {
             "leave router out": self._router_scheme is not None,
+            "leave kv_cache_scheme out": self.kv_cache_scheme is not None,
             "use algorithm='rtn'": algorithms.needs_data(self.algorithm),
             "use schemes with dynamic or 16-bit inputs": any(
                 needs_static_inputs(candidate.scheme)

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus, QuantizationStrategy
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+)
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
@@ -40,6 +45,7 @@ class UpstreamQuantization:
 
     :param groups: one scheme per group, targets filled
     :param mappings: for AWQ: what may be smoothed
+    :param kv_cache: how keys and values are quantized; None: not at all
     """
 
     def __init__(
@@ -47,18 +53,17 @@ class UpstreamQuantization:
         algorithm: str,
         groups: Mapping[str, QuantizationScheme],
         mappings: list[AWQMapping] | None = None,
+        kv_cache: QuantizationArgs | None = None,
     ) -> None:
         self.notes: list[str] = []
         self._algorithm = algorithm
         self._starved: dict[str, int] = defaultdict(int)
         config = {name: scheme.model_copy(deep=True) for name, scheme in groups.items()}
         self._modifiers: list[Modifier] = []
-        if not groups:
+        if not groups and kv_cache is None:
             return
-        if algorithm == "gptq":
-            self._modifiers = [GPTQModifier(config_groups=config)]
-        else:
-            self._modifiers = [QuantizationModifier(config_groups=config)]
+        upstream = GPTQModifier if algorithm == "gptq" and groups else QuantizationModifier
+        self._modifiers = [upstream(config_groups=config, kv_cache_scheme=kv_cache)]
         if algorithm == "awq" and mappings:
             by_tensor = any(s.weights.strategy == QuantizationStrategy.TENSOR for s in config.values())
             self._modifiers.insert(0, AWQModifier(mappings=mappings, duo_scaling=not by_tensor))
@@ -78,9 +83,8 @@ class UpstreamQuantization:
         modules = list(modules)
         ours = [module for module in modules if is_module_quantized(module)]
         unseen_inputs = [module for module in ours if _input_unseen(module)]
-        starved = (
-            _take_out_starved(self._modifiers[-1]) if self._algorithm == "gptq" and self._modifiers else []
-        )
+        gptq = [modifier for modifier in self._modifiers if isinstance(modifier, GPTQModifier)]
+        starved = _take_out_starved(gptq[0]) if gptq else []
         for modifier in self._modifiers:
             modifier.on_sequential_epoch_end(state, event, modules=modules, **kwargs)
         update_qparams(starved, "weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -39,7 +40,7 @@ def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
             "that it was made from."
         )
     modules = dict(model.named_modules())
-    taken = [name for name in names if hasattr(modules[name], "quantization_scheme")]
+    taken = [name for name in names if _rounds(getattr(modules[name], "quantization_scheme", None))]
     if taken:
         raise ValueError(
             f"{len(taken)} modules, {taken[0]!r} among them, are quantized already, by an earlier modifier of "
@@ -48,10 +49,21 @@ def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
         )
 
 
-def check_others(model: PreTrainedModel, others: Iterable[Modifier], names: Collection[str]) -> None:
-    """Refuse recipes in which another modifier quantizes the same modules, or smooths for schemes not yet known.
+def _rounds(scheme: QuantizationScheme | None) -> bool:
+    """Whether a scheme quantizes anything of a Linear; that of a KV cache alone has nothing to say of it."""
+    return scheme is not None and any(
+        part is not None for part in (scheme.weights, scheme.input_activations, scheme.output_activations)
+    )
+
+
+def check_others(
+    model: PreTrainedModel, others: Iterable[Modifier], names: Collection[str], kv_cache: bool
+) -> None:
+    """Refuse recipes in which another modifier quantizes the same, or smooths for schemes not yet known.
 
     :param others: the other modifiers of the recipe
+    :param names: of the modules that are to be quantized
+    :param kv_cache: whether the KV cache is, too
     :raises ValueError: names the modifier
     """
     wanted = set(names)
@@ -64,7 +76,17 @@ def check_others(model: PreTrainedModel, others: Iterable[Modifier], names: Coll
             )
         if not isinstance(other, QuantizationMixin) or not other.has_config():
             continue
-        matched = match_named_modules(model, other.resolved_targets, other.ignore)
+        if kv_cache and other.kv_cache_scheme is not None:
+            raise ValueError(
+                f"{kind} of the same recipe quantizes the KV cache as well; keep one kv_cache_scheme."
+            )
+        targets = {
+            target
+            for scheme in other.resolved_config.config_groups.values()
+            if _rounds(scheme)
+            for target in scheme.targets
+        }
+        matched = match_named_modules(model, targets, other.ignore)
         shared = next((name for name, _ in matched if name in wanted), None)
         if shared is not None:
             raise ValueError(
