@@ -10,6 +10,7 @@ import support_table
 import tiny_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmcompressor_moe import BlockDropModifier
 from llmcompressor_moe.topology import NotAnMoEError, find_topology
 
 
@@ -51,3 +52,21 @@ def test_dense_model_is_told_apart() -> None:
     )
     with pytest.raises(NotAnMoEError, match="no MoE layer"):
         find_topology(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_moe", "qwen3_next", "granitemoehybrid", "lfm2_moe", "nemotron_h", "kimi_linear"]
+)
+def test_a_hybrid_keeps_a_block_with_keys_and_values(family: str, tmp_path: Path) -> None:
+    """transformers' forward asks the cache for its length. All blocks of the other kind may go."""
+    path = support.saved(family, tmp_path)
+    kinds = support.load(path).config.get_text_config().layer_types
+    attention = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    others = [index for index, kind in enumerate(kinds) if kind in ("linear_attention", "conv")]
+    with pytest.raises(ValueError, match="no block would be left that keeps keys and values"):
+        support.trim(support.load(path), BlockDropModifier(blocks=attention), no_data=True)
+    support.trim(
+        support.load(path), BlockDropModifier(blocks=others), no_data=True, output_dir=str(tmp_path / "out")
+    )
+    trimmed = support.load(tmp_path / "out")
+    assert trimmed.generate(support.token_ids(2), max_new_tokens=2).shape[0] == 2

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.compat.transformers.building import build
@@ -39,6 +39,7 @@ def check_blocks_can_go(model: PreTrainedModel, stack: str, dropped: set[int]) -
     kept = [index for index in range(len(blocks)) if index not in dropped]
     _check_positions(text_config(config).model_type, kept, dropped)
     keep_blocks(config, kept)
+    _check_cache(model.config, config, dropped)
     text_config(config).use_cache = True
     with load_trimmed_moe(), torch.device("meta"):
         twin = build(type(model), config)
@@ -65,6 +66,25 @@ def _check_positions(model_type: str, kept: list[int], dropped: set[int]) -> Non
                 f"Drop neighbouring blocks in multiples of {period}: pattern='consecutive' with such a "
                 "num_drop, or name the blocks."
             )
+
+
+def _check_cache(before: PreTrainedConfig, after: PreTrainedConfig, dropped: set[int]) -> None:
+    """Hybrids ask their cache for its length, which only blocks with attention over all tokens know."""
+    if _knows_its_length(before) and not _knows_its_length(after):
+        name = text_config(before).model_type
+        raise ConfigCannotSayError(
+            f"Blocks {sorted(dropped)} cannot be dropped from a {name!r} model: no block would be left that keeps "
+            "keys and values, and its class does not run without one. Keep one of these blocks (`protect`, "
+            "`blocks`)."
+        )
+
+
+def _knows_its_length(config: PreTrainedConfig) -> bool:
+    try:
+        DynamicCache(config=text_config(config)).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def _settings(block: nn.Module) -> dict[str, object]:
