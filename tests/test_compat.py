@@ -35,7 +35,7 @@ from llmcompressor.core.events import Event, EventType
 from llmcompressor.core.session import CompressionSession
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
-from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, linearize_moe, load_quantizable_moe
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -567,6 +567,26 @@ def test_llama4_is_linearized_as_a_part_only() -> None:
     registered = LinearExperts2D._registry[type(experts)]
     linear = registered.from_experts_module(experts, config)
     assert fused_class(linear) is type(experts) and was_fused(linear)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "llama4_text"])
+def test_experts_are_linearized_in_the_dtype_that_the_config_names(family: str) -> None:
+    """Not ours: in the dtype that they have, as after `model.float()`."""
+    model = tiny_models.build(family)
+    model.config.dtype = torch.bfloat16
+    name, experts = get_non_linearized_moes(model)[0]
+    before = {key: value.clone() for key, value in experts.named_parameters()}
+    linearize_moe(model)
+    linear = model.get_submodule(name)
+    assert {parameter.dtype for parameter in linear.parameters()} == {torch.float32}
+    down = before["down_proj"][1]
+    assert torch.equal(linear[1].down_proj.weight, down.T if experts.is_transposed else down)
+    kind = type(linear[1])
+    theirs = inspect.unwrap(kind.copy_from_experts_module)
+    narrow = linear[0].to(torch.bfloat16)
+    with torch.no_grad():
+        theirs(narrow, experts, 0)
+    assert narrow.down_proj.weight.dtype == torch.bfloat16, "upstream keeps what the config named"
 
 
 def test_the_class_of_fused_experts_is_noted() -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from compressed_tensors.utils import patch_attr
-from llmcompressor.modeling.moe.linear_experts import ExpertMLP, LinearExperts2D
+from llmcompressor.modeling.moe.gpt_oss import GptOssExpertMLP
+from llmcompressor.modeling.moe.linear_experts import (
+    ExpertMLP,
+    ExpertMLPWithGate,
+    ExpertMLPWithoutGate,
+    LinearExperts2D,
+)
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,12 +53,25 @@ class _Llama4TextLinearExperts(Llama4LinearExperts):
 
 
 def register_linearizations() -> None:
-    """Make `oneshot` linearize Llama 4 by the class of this module.
+    """Make `oneshot` linearize Llama 4 by the class of this module, and all experts in the dtype that they have.
 
-    llm-compressor's own reads ``config.text_config``, which a text-only model has not, takes the expert count of
-    the whole model, and does not say what class the experts had.
+    llm-compressor's own class for Llama 4 reads ``config.text_config``, which a text-only model has not, takes the
+    expert count of the whole model, and does not say what class the experts had. All of its classes make experts
+    in the dtype that the config names, which a model that was cast after loading has not.
     """
     LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
+    for kind in (ExpertMLPWithGate, ExpertMLPWithoutGate, GptOssExpertMLP):
+        if not hasattr(kind.copy_from_experts_module, "__wrapped__"):
+            kind.copy_from_experts_module = _in_its_dtype(kind.copy_from_experts_module)
+
+
+def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(copy_from)
+    def copied(expert: ExpertMLP, experts: nn.Module, index: int) -> None:
+        expert.to(dtype=next(experts.parameters()).dtype)
+        copy_from(expert, experts, index)
+
+    return copied
 
 
 def was_fused(experts: LinearExperts2D) -> bool:
