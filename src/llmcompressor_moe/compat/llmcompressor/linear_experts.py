@@ -68,7 +68,10 @@ def register_linearizations() -> None:
 def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(copy_from)
     def copied(expert: ExpertMLP, experts: nn.Module, index: int) -> None:
-        expert.to(dtype=next(experts.parameters()).dtype)
+        # Descriptions of stored tensors are split by the same functions; they are no parameters.
+        parameter = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+        if parameter is not None:
+            expert.to(dtype=parameter.dtype)
         copy_from(expert, experts, index)
 
     return copied
