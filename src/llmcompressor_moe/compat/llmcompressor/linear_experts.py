@@ -68,8 +68,8 @@ def register_linearizations() -> None:
 def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(copy_from)
     def copied(expert: ExpertMLP, experts: nn.Module, index: int) -> None:
-        # Descriptions of stored tensors are split by the same functions; they are no parameters.
-        parameter = next(experts.parameters(), None) if isinstance(experts, nn.Module) else None
+        # Opening splits descriptions of stored tensors by the same functions: a module without parameters.
+        parameter = next(experts.parameters(), None)
         if parameter is not None:
             expert.to(dtype=parameter.dtype)
         copy_from(expert, experts, index)
