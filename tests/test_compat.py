@@ -34,6 +34,7 @@ from llmcompressor.core import CompressionLifecycle, active_session, session_fun
 from llmcompressor.core.events import Event, EventType
 from llmcompressor.core.session import CompressionSession
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.modeling.moe import helpers, linear_experts
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, linearize_moe, load_quantizable_moe
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
@@ -587,6 +588,22 @@ def test_experts_are_linearized_in_the_dtype_that_the_config_names(family: str) 
     with torch.no_grad():
         theirs(narrow, experts, 0)
     assert narrow.down_proj.weight.dtype == torch.bfloat16, "upstream keeps what the config named"
+
+
+def test_the_source_of_experts_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ours: once per class, and what callers do to the result is theirs."""
+    arguments = helpers.get_use_experts_implementation_args
+    kinds = {type(experts) for _, experts in get_non_linearized_moes(tiny_models.build("gpt_oss"))}
+    (kind,) = kinds
+    first = arguments(kind)
+    assert first["has_bias"] and first["is_transposed"]
+    first.clear()
+    reads = []
+    read = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda cls: reads.append(cls) or read(cls))
+    assert arguments(kind) == inspect.unwrap(arguments)(kind) and reads == [kind]
+    assert linear_experts.get_use_experts_implementation_args is arguments
+    assert arguments(torch.nn.Linear) is None
 
 
 def test_the_class_of_fused_experts_is_noted() -> None:

@@ -61,7 +61,7 @@ def test_opened_checkpoint_is_cut_to_the_same_bytes(cut: Cut, tmp_path: pathlib.
         pytest.skip("llm-compressor cannot linearize its experts")
     opened = open_moe(cut.whole)
     opened.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(opened), logits(cut.model), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(opened), logits(cut.model), atol=2e-4, rtol=1e-5)
     released = as_released(cut.whole, tmp_path / "released")
     before = hashes(released)
     recipe = [ExpertDropModifier(experts={cut.fewer: REMOVED})]

@@ -34,6 +34,11 @@ class _FromCheckpoint:
     sources: ClassVar[dict[torch.Tensor, Source]] = {}
     resident: ClassVar[dict[torch.Tensor, torch.Tensor]] = {}
 
+    def __init__(self, onload_device: torch.device, offload_device: str, offload_dir: Path) -> None:
+        # Upstream resolves the folder for every module, which takes seconds where there are thousands of experts.
+        OffloadCache.__init__(self, onload_device, offload_device)
+        self.offload_dir = offload_dir
+
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
         return None if offloaded is None else self.onload_as(offloaded, offloaded.dtype)
 
@@ -98,9 +103,10 @@ def read_from(
                 if tensor is not None and tensor.device.type != "meta":
                     tensors[name] = _kept_in_memory(tensor)
     cache = DistributedCheckpointCache if is_distributed() else CheckpointCache
+    folder = scratch.resolve()
     with caches_of(cache):
         for module in model.modules():
-            offload_module(module, device, "disk", offload_dir=str(scratch))
+            offload_module(module, device, "disk", offload_dir=folder)
 
 
 def _kept_in_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -143,8 +143,8 @@ def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], 
     known = names.spellings if names else lambda path: [path]
     opened = opened_from(model)
     if opened is not None:
-        stored = stored_module_names(model, opened)
-        return lambda path: list(dict.fromkeys([*known(path), stored.get(path, path)]))
+        stored = functools.cache(lambda: stored_module_names(model, opened))
+        return lambda path: list(dict.fromkeys([*known(path), stored().get(path, path)]))
     if names is not None:
         rename_tensors(directory, names.apply)
     return known

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import helpers, linear_experts
 from llmcompressor.modeling.moe.gpt_oss import GptOssExpertMLP
 from llmcompressor.modeling.moe.linear_experts import (
     ExpertMLP,
@@ -58,11 +59,31 @@ def register_linearizations() -> None:
     llm-compressor's own class for Llama 4 reads ``config.text_config``, which a text-only model has not, takes the
     expert count of the whole model, and does not say what class the experts had. All of its classes make experts
     in the dtype that the config names, which a model that was cast after loading has not.
+
+    llm-compressor reads and parses the source of a class of experts to find the arguments of its decorator, each
+    time that it looks whether a module holds experts: 20 ms per layer. They are read once per class.
     """
+    if not hasattr(helpers.get_use_experts_implementation_args, "__wrapped__"):
+        once = _once_per_class(helpers.get_use_experts_implementation_args)
+        helpers.get_use_experts_implementation_args = once
+        linear_experts.get_use_experts_implementation_args = once
     LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
     for kind in (ExpertMLPWithGate, ExpertMLPWithoutGate, GptOssExpertMLP):
         if not hasattr(kind.copy_from_experts_module, "__wrapped__"):
             kind.copy_from_experts_module = _in_its_dtype(kind.copy_from_experts_module)
+
+
+def _once_per_class(
+    read: Callable[[type], dict[str, bool] | None],
+) -> Callable[[type], dict[str, bool] | None]:
+    found = functools.cache(read)
+
+    @functools.wraps(read)
+    def read_once(experts_cls: type) -> dict[str, bool] | None:
+        arguments = found(experts_cls)
+        return None if arguments is None else dict(arguments)
+
+    return read_once
 
 
 def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
