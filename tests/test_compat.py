@@ -28,7 +28,8 @@ import torch
 import tqdm
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle import forward
 from llmcompressor.args import ModelArguments
 from llmcompressor.core import CompressionLifecycle, active_session, session_functions
 from llmcompressor.core.events import Event, EventType
@@ -333,6 +334,22 @@ def test_offloaded_parameters_are_in_a_cache() -> None:
     assert {"offload_device", "onload_device"} <= set(
         [*vars(OffloadCache), *OffloadCache.__annotations__, *arguments(OffloadCache.__init__)]
     )
+
+
+def test_tokens_without_a_batch_share_a_scale() -> None:
+    """Not ours: each has its own, as with a batch."""
+    args = preset_name_to_scheme("W8A8", ["Linear"]).input_activations
+    value = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None]
+    ours = forward.compute_dynamic_scales_and_zp
+    theirs = inspect.unwrap(ours)
+    module = nn.Linear(8, 1)
+    batched, zero_points = theirs(value[None], args, module)
+    assert batched.shape == (1, 5, 1) and theirs(value, args, module)[0].numel() == 1, (
+        "upstream scales each token"
+    )
+    scale, zero_point = ours(value, args, module)
+    assert torch.equal(scale, batched[0]) and torch.equal(zero_point, zero_points[0])
+    assert torch.equal(ours(value[None], args, module)[0], batched)
 
 
 # peft, lm-eval

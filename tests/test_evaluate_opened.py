@@ -28,8 +28,16 @@ LENGTH = 16
 RECIPES: dict[str, list[Modifier]] = {
     "trimmed": [LayerDropModifier(layers=[2]), ExpertDropModifier(experts={1: [0, 3]})],
     "rounded": [RouterAwareQuantModifier(schemes=["W4A16", "W8A16"], group_size=32, target_bits=7.0)],
-    "eight_bit_inputs": [
+    "dynamic_inputs": [
         QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head", "re:.*gate$"])
+    ],
+    "static_inputs_and_cache": [
+        QuantizationModifier(
+            targets="Linear",
+            scheme="FP8",
+            ignore=["lm_head", "re:.*gate$"],
+            kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        )
     ],
 }
 
@@ -71,13 +79,12 @@ def test_what_is_opened_gives_the_figures_of_what_is_loaded(
     folder: Path, base: BaseFigures, name: str
 ) -> None:
     served = open_as_served(folder / name)
-    # Whose inputs are rounded is loaded: opened models know no schemes.
-    assert (opened_from(served) is None) == (name == "eight_bit_inputs")
+    assert opened_from(served) is not None
     ours = figures_of(measured(served, base))
     assert ours == pytest.approx(figures_of(measured(load_decompressed(folder / name), base)), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["trimmed", "rounded"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_predictions_are_those_of_the_model_when_it_is_called(folder: Path, name: str) -> None:
     opened, called = open_as_served(folder / name), load_callable(folder / name, device="cpu")
     rows = support.token_ids(4, LENGTH + 1)

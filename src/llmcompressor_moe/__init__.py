@@ -7,6 +7,7 @@ from llmcompressor.modifiers.factory import ModifierFactory
 
 from llmcompressor_moe.checkpoint.opened import is_opened
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.compat.compressed_tensors import scale_each_token
 from llmcompressor_moe.compat.llmcompressor.linear_experts import register_linearizations
 from llmcompressor_moe.compat.llmcompressor.validation import accept_decoded_models
 from llmcompressor_moe.modifiers import (
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 register_linearizations()
+scale_each_token()
 accept_decoded_models(is_opened)
 for _modifier in (
     BlockDropModifier,

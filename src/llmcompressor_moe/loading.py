@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompressor_moe.checkpoint.opened import open_model
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
+from llmcompressor_moe.checkpoint.rounding import round_activations
 from llmcompressor_moe.inspection import inspect_model, read_config
 
 __all__ = [
@@ -87,11 +88,10 @@ def open_as_served(
 ) -> PreTrainedModel:
     """A model to run block by block as it will be served, opened wherever that is the same.
 
-    Most checkpoints are opened: their weights are read from the files, and decoded, when they are used. An opened
-    model knows no schemes and runs on the main device, so three kinds are loaded as a whole: checkpoints of
-    compressed-tensors whose schemes round activations (W8A8, FP8, NVFP4, a quantized KV cache), models without an
-    MoE layer, and any model on another device than the main one. Inputs of models in other formats (block FP8, for
-    example) are not rounded.
+    It is opened: weights are read from the files, and decoded, when they are used, and activations are rounded by
+    the schemes of compressed-tensors (W8A8, FP8, NVFP4, a quantized KV cache). Inputs of models in other formats
+    (block FP8, for example) are not rounded. An opened model runs on the main device, and has MoE layers; others
+    are loaded as a whole, and so are checkpoints that round outputs.
 
     :param dtype: see `load_model`
     :param device: where it runs; None: an accelerator where there is one
@@ -100,9 +100,11 @@ def open_as_served(
     main = get_main_device()
     device = main if device is None else torch.device(device)
     elsewhere = device.type != main.type or device.index not in (None, main.index)
-    if elsewhere or _rounds_activations(path) or not inspect_model(path, schemes=()).moe_layers:
+    if elsewhere or _rounds_outputs(path) or not inspect_model(path, schemes=()).moe_layers:
         return _on_device(load_decompressed(path, dtype), device)
-    return open_model(path, dtype=dtype, device=device)
+    model = open_model(path, dtype=dtype, device=device)
+    round_activations(model)
+    return model
 
 
 def load_callable(
@@ -126,16 +128,15 @@ def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return nn.Module.to(model, device).eval()
 
 
-def _rounds_activations(path: str | Path) -> bool:
-    """Whether a checkpoint of compressed-tensors has schemes for more than weights."""
+def _rounds_outputs(path: str | Path) -> bool:
+    """Whether a checkpoint of compressed-tensors has schemes for outputs, or for attention as a whole."""
     config = read_config(path)
     written = config.raw.get("quantization_config") or config.raw_text.get("quantization_config")
     if not written or written.get("quant_method") != "compressed-tensors":
         return False
-    found = QuantizationConfig.model_validate(written)
-    return found.kv_cache_scheme is not None or any(
-        scheme.input_activations is not None or scheme.output_activations is not None
-        for scheme in found.config_groups.values()
+    return any(
+        scheme.output_activations is not None or scheme.weights is None
+        for scheme in QuantizationConfig.model_validate(written).config_groups.values()
     )
 
 

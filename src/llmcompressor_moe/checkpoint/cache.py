@@ -20,7 +20,7 @@ from llmcompressor_moe.checkpoint.sources import Source, Taken
 from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.compressed_tensors import caches_of
 
-__all__ = ["forget", "read_ahead", "read_from", "source_of", "take"]
+__all__ = ["add", "forget", "read_ahead", "read_from", "source_of", "take"]
 
 
 class _FromCheckpoint:
@@ -151,6 +151,17 @@ def take(module: nn.Module, name: str, axis: int, kept: Sequence[int]) -> bool:
     _FromCheckpoint.sources[new] = taken
     tensors.offloaded_values[name] = new
     return True
+
+
+def add(module: nn.Module, name: str, source: Source) -> torch.Tensor:
+    """Give an opened module one more parameter that is read from the checkpoint.
+
+    :return: the meta tensor that stands for it, to be forgotten with the model's others
+    """
+    tensor = nn.Parameter(torch.empty_like(source.meta), requires_grad=False)
+    _FromCheckpoint.sources[tensor] = source
+    module._parameters.offloaded_values[name] = tensor
+    return tensor
 
 
 def forget(tensors: list[torch.Tensor]) -> None:

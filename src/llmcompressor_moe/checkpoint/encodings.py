@@ -69,6 +69,7 @@ class Encoded:
         ``model.layers.3.mlp.experts.gate_up_proj``
     :param parts: role -> stored name. Roles are those that the codec takes; what else is stored for the module,
         such as scales of its inputs, is listed under its own suffix
+    :param inputs: how inputs of its module are rounded; None where they are not, or where that cannot be told
     :param shape: of the logical tensor. Integers packed per channel or tensor do not say how many columns there
         are: the number is exact if their bits fill whole I32, and ``weight_shape`` decides when decoded
     """
@@ -77,6 +78,7 @@ class Encoded:
     parts: dict[str, str]
     shape: tuple[int, ...]
     codec: Codec
+    inputs: QuantizationArgs | None = None
 
 
 def logical_tensors(
@@ -251,9 +253,10 @@ def _read_compressed(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) 
                 f"{weight.name} is stored as {weight.dtype}, but its scale {module}.weight_scale is missing. "
                 "Download the checkpoint again, with all of its files."
             )
-        codec, shape = _codec_of(weight, stored, schemes.weights_of(module))
+        scheme = schemes.of(module)
+        codec, shape = _codec_of(weight, stored, scheme.weights)
         parts = {local: tensor.name for local, tensor in stored.items()}
-        yield Encoded(f"{module}.weight", parts, shape, codec)
+        yield Encoded(f"{module}.weight", parts, shape, codec, scheme.input_activations)
 
 
 def _codec_of(
@@ -291,7 +294,7 @@ def _codec_of(
 
 
 class _Schemes:
-    """Which numbers a compressed-tensors config gives the weights of a module.
+    """Which scheme a compressed-tensors config gives a module.
 
     :param config: ``quantization_config``
     :raises UnreadablePrecisionError: compressed-tensors refuses it
@@ -320,7 +323,7 @@ class _Schemes:
         with torch.device("meta"):
             self._classes = (torch.nn.Linear(1, 1), torch.nn.Embedding(1, 1))
 
-    def weights_of(self, module: str) -> QuantizationArgs:
+    def of(self, module: str) -> QuantizationScheme:
         """The scheme of a module that is stored compressed.
 
         :raises UnreadablePrecisionError: it is ignored, or no group or several fit
@@ -337,10 +340,11 @@ class _Schemes:
                 matched = match_targets(module, of_class, self._patterns)
                 scheme = self._schemes[matched[0]] if matched else None
         candidates = [scheme] if scheme is not None else list(self._schemes.values())
-        found: list[QuantizationArgs] = []
+        found: list[QuantizationScheme] = []
         for candidate in candidates:
-            if candidate.weights is not None and candidate.weights not in found:
-                found.append(candidate.weights)
+            bare = candidate.model_copy(update={"targets": []})
+            if bare.weights is not None and bare not in found:
+                found.append(bare)
         # Targets may name modules as transformers does, not as the checkpoint: one scheme leaves no doubt.
         if len(found) == 1:
             return found[0]

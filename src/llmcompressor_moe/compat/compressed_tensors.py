@@ -1,15 +1,19 @@
-"""compressed-tensors: how it keeps the weights of an offloaded module."""
+"""compressed-tensors: how it keeps the weights of an offloaded module, and scales tokens without a batch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from compressed_tensors.offload.cache.base import OffloadCache
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle import forward
 from compressed_tensors.utils import patch_attr
 
-__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded"]
+__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded", "scale_each_token"]
 
 HOLDS_FOR = "compressed-tensors>=0.19,<0.20"
 
@@ -34,3 +38,26 @@ def caches_of(cache: type[OffloadCache]) -> Iterator[None]:
     """
     with patch_attr(OffloadCache, "cls_from_device", lambda *_: cache):
         yield
+
+
+def scale_each_token() -> None:
+    """Give every token a scale of its own where a scheme says so, also without a batch dimension.
+
+    compressed-tensors takes the first two dimensions of a value for batch and token. Experts get tokens without a
+    batch; for [tokens, features] it computes one scale for all of them, which engines do not.
+    """
+    if not hasattr(forward.compute_dynamic_scales_and_zp, "__wrapped__"):
+        forward.compute_dynamic_scales_and_zp = _each_token(forward.compute_dynamic_scales_and_zp)
+
+
+def _each_token(compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., Any]:
+    @functools.wraps(compute)
+    def scales(
+        value: torch.Tensor, args: QuantizationArgs, *rest: Any, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if value.ndim != 2 or args.strategy != QuantizationStrategy.TOKEN:
+            return compute(value, args, *rest, **more)
+        scale, zero_point = compute(value[None], args, *rest, **more)
+        return scale[0], zero_point[0]
+
+    return scales

@@ -424,16 +424,13 @@ def _unwatched(experts: nn.Module, own: Callable[..., torch.Tensor]) -> Callable
 
 
 def _rounds_tokens_together(module: nn.Module) -> bool:
-    """Whether a module's scale for its input depends on which tokens it gets at once: upstream computes one scale
-    for all of them, per-token schemes included, because experts get tokens without a batch dimension.
-    """
+    """Whether a module's scale for its input depends on which tokens it gets at once."""
     scheme = getattr(module, "quantization_scheme", None)
     inputs = getattr(scheme, "input_activations", None)
-    together = (QuantizationStrategy.TOKEN, QuantizationStrategy.TENSOR)
     return (
         inputs is not None
         and inputs.dynamic is True
-        and inputs.strategy in together
+        and inputs.strategy == QuantizationStrategy.TENSOR
         and getattr(module, "quantization_enabled", True)
     )
 
