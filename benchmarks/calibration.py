@@ -5,7 +5,8 @@ REAPPruningModifier's.
     python benchmarks/calibration.py --device cuda --dtype bfloat16 --layers 24 --hidden 2048 --length 2048
 
 Each measurement is a process of its own; the variants take turns, so that a busy machine slows all of them alike,
-and the ratios are taken within one round. The model is a Mixtral with random weights.
+and the ratios are taken within one round. The models are Mixtrals with random weights: one of few large experts in
+float32, one of many small experts in bfloat16, as most are released.
 """
 
 from __future__ import annotations
@@ -30,26 +31,47 @@ VARIANTS = {
     "upstream": "upstream's REAPPruningModifier, default oneshot",
     "upstream-routed": "the same with moe_calibrate_all_experts=False",
 }
-TARGETS = {("ours", "bare"): 1.3, ("ours", "upstream"): 0.35, ("sensitivity", "bare"): 2.5}
+TARGETS = {
+    "coarse": {("ours", "bare"): 1.3, ("ours", "upstream"): 0.35, ("sensitivity", "bare"): 2.5},
+    "fine-grained": {("ours", "bare"): 0.3},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "coarse": {
+        "hidden": 512,
+        "intermediate": 1024,
+        "layers": 8,
+        "experts": 16,
+        "top_k": 2,
+        "sequences": 8,
+        "length": 512,
+        "dtype": "float32",
+        "variants": list(VARIANTS),
+    },
+    "fine-grained": {
+        "hidden": 512,
+        "intermediate": 256,
+        "layers": 8,
+        "experts": 64,
+        "top_k": 4,
+        "sequences": 16,
+        "length": 256,
+        "dtype": "bfloat16",
+        "variants": ["bare", "ours"],
+    },
+}
+_SIZES = ("hidden", "intermediate", "layers", "experts", "top_k", "sequences", "length")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("hidden", 512),
-        ("intermediate", 1024),
-        ("layers", 8),
-        ("experts", 16),
-        ("top-k", 2),
-        ("sequences", 8),
-        ("length", 512),
-        ("rounds", 5),
-        ("threads", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the shape's own")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--dtype", help="instead of the shape's own")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="instead of the shape's own")
     parser.add_argument(
         "--output", type=Path, default=DOCS / "benchmarks.json", help="JSON; the page goes beside it"
     )
@@ -57,6 +79,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--measure", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def of_shape(args: argparse.Namespace, shape: str) -> argparse.Namespace:
+    """The arguments, completed by a shape."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**SHAPES[shape] | given)
 
 
 # One measurement, in its own process
@@ -244,35 +272,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rounds.append(taken)
             seconds = {variant: round(taken[variant]["pass"]["seconds"], 2) for variant in args.variants}
             print(f"round {number + 1}: {seconds}", flush=True)
-    shape = (
-        "hidden",
-        "intermediate",
-        "layers",
-        "experts",
-        "top_k",
-        "sequences",
-        "length",
-        "threads",
-        "device",
-        "dtype",
-    )
+    shape = (*_SIZES, "threads", "device", "dtype")
     return {"settings": {name: getattr(args, name) for name in shape}, "rounds": rounds}
 
 
 def _in_process(args: argparse.Namespace, variant: str, model: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", variant, "--model", model]
-    for name in (
-        "hidden",
-        "intermediate",
-        "layers",
-        "experts",
-        "sequences",
-        "length",
-        "threads",
-        "device",
-        "dtype",
-    ):
-        command += [f"--{name}", str(getattr(args, name))]
+    for name in (*_SIZES, "threads", "device", "dtype"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -300,20 +307,30 @@ def flops(settings: dict[str, Any]) -> tuple[float, float]:
     return total(settings["top_k"]), total(settings["experts"])
 
 
-def render(results: dict[str, Any], path: Path) -> None:
-    """Write the page."""
-    s, rounds = results["settings"], results["rounds"]
-    variants = [variant for variant in VARIANTS if variant in rounds[0]]
-    routed, everything = flops(s)
+def render(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write the page, a section per shape."""
     lines = [
         "# What a calibration pass costs",
         "",
-        f"A Mixtral with random weights: {s['layers']} blocks, hidden size {s['hidden']}, {s['experts']} experts "
-        f"of intermediate size {s['intermediate']}, top-{s['top_k']}; {s['sequences']} sequences of "
-        f"{s['length']} tokens, batch size 1; {s['dtype']} on {s['device']}, threads: {s['threads']}. "
-        f"{len(rounds)} rounds; each measurement in a process of its own, variants taking turns; medians. On a "
-        "machine that others use at the same time the CPU time says more than the wall time; a target counts as met "
-        "when both meet it.",
+        "Mixtrals with random weights, batch size 1. Each measurement is a process of its own, variants take turns; "
+        "medians. On a machine that others use at the same time the CPU time says more than the wall time; a target "
+        "counts as met when both meet it.",
+        "",
+        *(line for shape, found in results.items() for line in _section(shape, found)),
+        "Generated by `python benchmarks/calibration.py` from the JSON beside this page; do not edit.",
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _section(shape: str, results: dict[str, Any]) -> list[str]:
+    s, rounds = results["settings"], results["rounds"]
+    variants = [variant for variant in VARIANTS if variant in rounds[0]]
+    return [
+        f"## {shape.capitalize()} experts, {s['dtype']}",
+        "",
+        f"{s['layers']} blocks, hidden size {s['hidden']}, {s['experts']} experts of intermediate size "
+        f"{s['intermediate']}, top-{s['top_k']}; {s['sequences']} sequences of {s['length']} tokens; {s['device']}, "
+        f"threads: {s['threads']}; {len(rounds)} rounds.",
         "",
         "| variant | pass, s | over bare | pass, CPU s | over bare | whole oneshot, s | before the pass, MiB | "
         "added by the pass, MiB |",
@@ -324,21 +341,34 @@ def render(results: dict[str, Any], path: Path) -> None:
         "|---|---|---|---|---|---|",
         *(
             _verdict(over, under, target, results)
-            for (over, under), target in TARGETS.items()
+            for (over, under), target in TARGETS[shape].items()
             if over in variants and under in variants
         ),
         "",
+        _limit(shape, s),
+        "",
+    ]
+
+
+def _limit(shape: str, settings: dict[str, Any]) -> str:
+    """What bounds the pass from below."""
+    routed, everything = flops(settings)
+    if shape == "fine-grained":
+        return (
+            "A bare forward is not the limit here. It reads all experts for every sample, gives each of them a few "
+            "tokens at a time, and multiplies in bfloat16, which a CPU without 16-bit units emulates. The pass reads "
+            "weights once, gives an expert the tokens of all samples together, and multiplies in float32: the limit "
+            f"is {routed:.2f} TFLOP at the float32 speed of the machine."
+        )
+    return (
         "The physical limit is the bare forward: no statistic can be had without it. Its Linears and attention "
         f"are {routed:.2f} TFLOP for routed tokens; upstream's default sends every token through every expert, "
         f"{everything:.2f} TFLOP ({everything / routed:.1f} times as much), and runs each block once more to pass "
         "on what pruning changed. Ours computes routed tokens only, once, and skips the LM head; it adds two "
         "cosines and one norm per token and block, and a loop over experts in place of one fused kernel. Trying "
-        "schemes is the same pass, and after it, per expert and scheme, one rounding of its weights and one run on at "
-        "most 256 of its tokens: with more data the pass alone is left.",
-        "",
-        "Generated by `python benchmarks/calibration.py` from the JSON beside this page; do not edit.",
-    ]
-    path.write_text("\n".join(lines) + "\n")
+        "schemes is the same pass, and after it, per expert and scheme, one rounding of its weights and one run on "
+        "at most 256 of its tokens: with more data the pass alone is left."
+    )
 
 
 def _row(variant: str, results: dict[str, Any]) -> str:
@@ -373,7 +403,9 @@ def main() -> None:
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.render:
-        args.output.write_text(json.dumps(run(args), indent=1) + "\n")
+        known = json.loads(args.output.read_text()) if args.output.exists() else {}
+        known |= {shape: run(of_shape(args, shape)) for shape in args.shapes}
+        args.output.write_text(json.dumps(known, indent=1) + "\n")
     render(json.loads(args.output.read_text()), args.output.with_suffix(".md"))
 
 

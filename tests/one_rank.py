@@ -14,6 +14,7 @@ from pathlib import Path
 import support
 import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.gptq import GPTQModifier
 from torch import distributed as dist
 
 from llmcompressor_moe import (
@@ -21,6 +22,7 @@ from llmcompressor_moe import (
     ExpertDropModifier,
     LayerDropModifier,
     RouterCalibrationModifier,
+    open_moe,
 )
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.schemes import resolve_schemes
@@ -71,6 +73,16 @@ def trimmed(base: Path, ids: torch.Tensor, out: Path) -> None:
     print("logits", float(support.logits(model).double().sum()))
 
 
+def opened(base: Path, ids: torch.Tensor, out: Path) -> None:
+    """The same without loading the model, with its experts quantized as well: ranks share the work."""
+    recipe = [
+        LayerDropModifier(num_drop=1),
+        ExpertDropModifier(num_drop=2, criterion="reap"),
+        GPTQModifier(targets=["re:.*experts.*_proj$"], scheme="W8A8"),
+    ]
+    support.trim(open_moe(base), recipe, ids=ids, output_dir=str(out))
+
+
 def main(base: Path, out: Path, kind: str = "trim") -> None:
     torch.set_num_threads(1)
     ids, rank = support.token_ids(), 0
@@ -81,6 +93,7 @@ def main(base: Path, out: Path, kind: str = "trim") -> None:
         ids = ids.chunk(dist.get_world_size())[rank]
     if kind == "trim":
         trimmed(base, ids, out)
+        opened(base, ids, Path(f"{out}-opened"))
     else:
         # On a CPU upstream shares weights between ranks in memory that it lays out itself; the plan needs none.
         found = plan_of(base, ids) if kind == "plan" else calibrated(base, ids)

@@ -75,7 +75,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe import compat
-from llmcompressor_moe.compat.compressed_tensors import caches_of, is_offloaded
+from llmcompressor_moe.compat.compressed_tensors import caches_of, is_offloaded, scratch_file
 from llmcompressor_moe.compat.llmcompressor import calibration
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
     between_layers,
@@ -334,6 +334,11 @@ def test_offloaded_parameters_are_in_a_cache() -> None:
     assert {"offload_device", "onload_device"} <= set(
         [*vars(OffloadCache), *OffloadCache.__annotations__, *arguments(OffloadCache.__init__)]
     )
+
+
+def test_disk_caches_touch_files_of_their_own_prefix_only(tmp_path: Path) -> None:
+    assert DiskCache._is_ct_file_path(str(scratch_file(tmp_path, "changed_3")))
+    assert not DiskCache._is_ct_file_path(str(tmp_path / "changed_3.safetensors"))
 
 
 def test_tokens_without_a_batch_share_a_scale() -> None:

@@ -4,6 +4,7 @@ they change.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -14,11 +15,12 @@ from compressed_tensors.offload import offload_module
 from compressed_tensors.offload.cache import DiskCache, OffloadCache
 from compressed_tensors.offload.cache.dist_disk import DistributedDiskCache
 from compressed_tensors.offload.utils import to_tensor
+from safetensors.torch import save_file
 from torch import nn
 
 from llmcompressor_moe.checkpoint.sources import Source, Taken
 from llmcompressor_moe.checkpoint.stored import StoredTensors
-from llmcompressor_moe.compat.compressed_tensors import caches_of
+from llmcompressor_moe.compat.compressed_tensors import caches_of, scratch_file
 
 __all__ = ["add", "forget", "read_ahead", "read_from", "source_of", "take"]
 
@@ -46,33 +48,39 @@ class _FromCheckpoint:
         """The tensor on the onload device, if it is floating point in the given dtype, read in one step."""
         if offloaded in self.resident:
             value = self.resident[offloaded].detach()
-        elif offloaded in self.sources:
-            value = self.sources[offloaded].read(dtype)
+        elif (source := self.source(offloaded)) is not None:
+            value = source.read(dtype)
         else:
             value = super().onload(offloaded).detach()
         return to_tensor(
             value.to(self.onload_device, dtype if value.is_floating_point() else None), offloaded
         )
 
-    def offload(
-        self, tensor: torch.Tensor | None, offloaded: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+    def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is not None and (tensor in self.sources or tensor in self.resident):
             return tensor
-        return super().offload(tensor, offloaded)
+        return super().offload(tensor)
 
     def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
         if offloaded in self.resident:
             self.resident[offloaded].copy_(data)
-        elif offloaded in self.sources:
-            super().offload(data.reshape_as(offloaded).to(offloaded.dtype), offloaded)
+        elif self.source(offloaded) is not None:
+            self.write_first(offloaded, data.reshape_as(offloaded).to(offloaded.dtype))
             del self.sources[offloaded]
         else:
             super().update_offload(offloaded, data)
 
+    def source(self, offloaded: torch.Tensor) -> Source | None:
+        """Where a tensor is read from; None once it has changed."""
+        return self.sources.get(offloaded)
+
+    def write_first(self, offloaded: torch.Tensor, data: torch.Tensor) -> None:
+        """Give a tensor that had a source a file in the scratch folder."""
+        DiskCache.offload(self, data, offloaded)
+
     def __delitem__(self, key: str) -> None:
         offloaded = self.offloaded_values[key]
-        if offloaded is None or offloaded in self.sources or offloaded in self.resident:
+        if offloaded is None or offloaded in self.resident or self.source(offloaded) is not None:
             OffloadCache.__delitem__(self, key)
         else:
             super().__delitem__(key)
@@ -83,7 +91,36 @@ class CheckpointCache(_FromCheckpoint, DiskCache):
 
 
 class DistributedCheckpointCache(_FromCheckpoint, DistributedDiskCache):
-    """The same on several ranks: each reads for itself, and what changes is written once."""
+    """The same on several ranks: each reads for itself; what one of them changes, all of them find in the scratch
+    folder that they share.
+
+    Upstream has one rank change a parameter and tells the others nothing but that it is done, since a disk cache's
+    files are the same for all. So the file that a changed tensor gets has a name that every rank knows beforehand.
+    """
+
+    files: ClassVar[dict[torch.Tensor, Path]] = {}
+
+    def source(self, offloaded: torch.Tensor) -> Source | None:
+        """Where a tensor is read from; None once this or another rank has changed it."""
+        if offloaded in self.sources and self.files[offloaded].exists():
+            self._read_from_now_on(offloaded)
+            del self.sources[offloaded]
+        return self.sources.get(offloaded)
+
+    def write_first(self, offloaded: torch.Tensor, data: torch.Tensor) -> None:
+        """Give a tensor that had a source its file in the scratch folder, whole as soon as others see it."""
+        file = self.files[offloaded]
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file({"weight": data.contiguous()}, unfinished)
+        unfinished.replace(file)
+        self._read_from_now_on(offloaded)
+
+    def _read_from_now_on(self, offloaded: torch.Tensor) -> None:
+        self.index[offloaded] = {
+            "safetensors_file": str(self.files[offloaded]),
+            "weight_name": "weight",
+            "dtype": str(offloaded.dtype).removeprefix("torch."),
+        }
 
 
 def read_from(
@@ -94,16 +131,19 @@ def read_from(
     :param model: its parameters are meta tensors
     :param sources: meta tensor -> where it is read from
     :param device: where modules run
-    :param scratch: folder for tensors that change
+    :param scratch: folder for tensors that change; the same on all ranks
     """
+    folder = scratch.resolve()
     _FromCheckpoint.sources.update(sources)
+    if is_distributed():
+        for number, tensor in enumerate(sources):
+            DistributedCheckpointCache.files[tensor] = scratch_file(folder, f"changed_{number}")
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device.type != "meta":
                     tensors[name] = _kept_in_memory(tensor)
     cache = DistributedCheckpointCache if is_distributed() else CheckpointCache
-    folder = scratch.resolve()
     with caches_of(cache):
         for module in model.modules():
             offload_module(module, device, "disk", offload_dir=folder)
@@ -119,9 +159,9 @@ def read_ahead(modules: Iterable[nn.Module]) -> None:
     """Have the system read what these modules need from their checkpoint, while something else is computed."""
     wanted: dict[StoredTensors, list[str]] = {}
     for module in modules:
-        if isinstance(module._parameters, OffloadCache):
+        if isinstance(module._parameters, _FromCheckpoint):
             for tensor in module._parameters.offloaded_values.values():
-                source = _FromCheckpoint.sources.get(tensor) if tensor is not None else None
+                source = module._parameters.source(tensor) if tensor is not None else None
                 for leaf in source.leaves() if source is not None else ():
                     wanted.setdefault(leaf.stored, []).extend(leaf.parts)
     for stored, names in wanted.items():
@@ -131,8 +171,8 @@ def read_ahead(modules: Iterable[nn.Module]) -> None:
 def source_of(module: nn.Module, name: str) -> Source | None:
     """Where a parameter or buffer of a module is read from; None when it has changed, or was never in a file."""
     for tensors in (module._parameters, module._buffers):
-        if isinstance(tensors, OffloadCache) and name in tensors:
-            return _FromCheckpoint.sources.get(tensors.offloaded_values[name])
+        if isinstance(tensors, _FromCheckpoint) and name in tensors:
+            return tensors.source(tensors.offloaded_values[name])
     return None
 
 
@@ -149,6 +189,9 @@ def take(module: nn.Module, name: str, axis: int, kept: Sequence[int]) -> bool:
     taken = Taken(source, axis, kept)
     new = to_tensor(taken.meta.to(old.dtype), old)
     _FromCheckpoint.sources[new] = taken
+    if old in DistributedCheckpointCache.files:
+        file = DistributedCheckpointCache.files[old]
+        DistributedCheckpointCache.files[new] = file.with_stem(f"{file.stem}_cut")
     tensors.offloaded_values[name] = new
     return True
 
@@ -169,3 +212,4 @@ def forget(tensors: list[torch.Tensor]) -> None:
     for tensor in tensors:
         _FromCheckpoint.sources.pop(tensor, None)
         _FromCheckpoint.resident.pop(tensor, None)
+        DistributedCheckpointCache.files.pop(tensor, None)

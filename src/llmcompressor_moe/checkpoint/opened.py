@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from llmcompressor.utils.dev import get_main_device
 from torch import nn
@@ -156,9 +157,9 @@ def open_model(
     by_tensor = dict(_matched(model, sources, tied))
     for name, module in model.named_modules():
         module.__dict__[_ORIGIN] = OpenedModule(name, _own_sources(name, module, sources))
-    folder = Path(tempfile.mkdtemp(prefix="opened-", dir=scratch))
+    folder = _scratch_folder(scratch)
     read_from(model, by_tensor, torch.device(device) if device else get_main_device(), folder)
-    weakref.finalize(model, _clean, folder, list(by_tensor))
+    weakref.finalize(model, _clean, folder, list(by_tensor), is_source_process())
     topology = find_topology(model)
     paths: dict[str, list[str]] = {}
     for target, source in sources.items():
@@ -187,8 +188,17 @@ def _own_sources(path: str, module: nn.Module, sources: Mapping[str, Source]) ->
     return {name: sources[full] for name, full in names.items() if full in sources}
 
 
-def _clean(folder: Path, tensors: list[torch.Tensor]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _scratch_folder(parent: str | Path | None) -> Path:
+    """A new folder for tensors that change, the same on all ranks."""
+    found = [tempfile.mkdtemp(prefix="opened-", dir=parent) if is_source_process() else None]
+    if is_distributed():
+        torch.distributed.broadcast_object_list(found, src=get_source_rank())
+    return Path(found[0])
+
+
+def _clean(folder: Path, tensors: list[torch.Tensor], owner: bool) -> None:
+    if owner:
+        shutil.rmtree(folder, ignore_errors=True)
     forget(tensors)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload.cache import DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle import forward
 from compressed_tensors.utils import patch_attr
 
-__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded", "scale_each_token"]
+__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded", "scale_each_token", "scratch_file"]
 
 HOLDS_FOR = "compressed-tensors>=0.19,<0.20"
 
@@ -38,6 +40,15 @@ def caches_of(cache: type[OffloadCache]) -> Iterator[None]:
     """
     with patch_attr(OffloadCache, "cls_from_device", lambda *_: cache):
         yield
+
+
+def scratch_file(folder: Path, name: str) -> Path:
+    """A file in a folder that a disk cache may overwrite and delete.
+
+    compressed-tensors touches files of its own prefix only, and names them by the address of a tensor, which other
+    ranks cannot know.
+    """
+    return folder / f"{DiskCache._ct_file_prefix}_{name}.safetensors"
 
 
 def scale_each_token() -> None:

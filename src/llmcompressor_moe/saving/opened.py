@@ -9,6 +9,7 @@ from typing import Any
 
 from compressed_tensors import ModelCompressor
 from compressed_tensors.config import CompressionFormat
+from compressed_tensors.distributed import is_source_process
 from llmcompressor.transformers.compression.compressed_tensors_utils import update_and_save_recipe
 from transformers import PreTrainedModel
 
@@ -92,6 +93,8 @@ def _write(
     )
     if save_compressed:
         compressor.compress_model(model, skip_compressed=True)
+    if not is_source_process():
+        return
     mtp = plan_mtp(model, opened, quantizes=compressor.quantization_config is not None)
     if not mtp.keep:
         switch_off_mtp(model.config)
