@@ -19,6 +19,7 @@ from llmcompressor_moe import (
     ExpertDropModifier,
     LayerDropModifier,
     RouterAwareQuantModifier,
+    load_trimmed_moe,
     open_moe,
 )
 from llmcompressor_moe.check import check_checkpoint
@@ -154,6 +155,19 @@ def test_packed_checkpoints_are_cut_and_packed_again_on_request(tmp_path: Path) 
     support.trim(open_moe(packed, requantize=True), eight, output_dir=str(again))
     groups = json.loads((again / "config.json").read_text())["quantization_config"]["config_groups"]
     assert {group["weights"]["num_bits"] for group in groups.values()} == {8}
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "llama4_text"])
+def test_decoded_experts_take_the_form_of_their_family(family: str, tmp_path: Path) -> None:
+    recipe = RouterAwareQuantModifier(schemes=["W4A16", "W8A16"], group_size=32, target_bits=6.5)
+    packed, decoded = tmp_path / "packed", tmp_path / "decoded"
+    support.trim(open_moe(support.saved(family, tmp_path)), recipe, output_dir=str(packed))
+    model = support.trim(
+        open_moe(packed, requantize=True), ExpertDropModifier(experts={0: [1]}), output_dir=str(decoded)
+    )
+    with load_trimmed_moe():
+        found = support.logits(support.load(decoded))
+    torch.testing.assert_close(found, support.logits(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "modelopt"])

@@ -4,6 +4,7 @@ bit for bit, cut ones as slices, changed ones by their new values.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,18 +15,25 @@ from compressed_tensors.offload import align_module_device
 from compressed_tensors.offload.cache import OffloadCache
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from llmcompressor_moe.checkpoint.cache import source_of
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, OpenedModule, opened_module
 from llmcompressor_moe.checkpoint.sources import Leaf, Source, Taken
 from llmcompressor_moe.checkpoint.stored import TORCH_DTYPES, StoredTensors
+from llmcompressor_moe.compat.llmcompressor.linear_experts import fused_class
+from llmcompressor_moe.compat.transformers.conversions import own_mappings
 from llmcompressor_moe.saving.shards import FileRange, OutputTensor
+from llmcompressor_moe.surgery.repack import empty_fused, fused_experts
+from llmcompressor_moe.topology import expert_modules, text_config
 
 __all__ = ["copied", "moved_name", "output_tensors", "rows", "stored_module_names"]
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Dtypes of weights that are not quantized.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -87,33 +95,39 @@ class _Value:
             return getattr(self.module, self.name).detach()
 
 
-def output_tensors(model: nn.Module, opened: OpenedCheckpoint) -> list[OutputTensor]:
+def output_tensors(model: PreTrainedModel, opened: OpenedCheckpoint) -> list[OutputTensor]:
     """All tensors of a model that was opened from ``opened``, under the names that its files use, in their order.
 
     Tensors that belong to no parameter are not among them.
 
     :raises ValueError: a changed tensor cannot be put back into the form that it is stored in
     """
-    plan = _Plan(opened)
+    plan = _Plan(model, opened)
     for path, module in model.named_modules():
         plan.add(path, module)
     return plan.tensors()
 
 
 class _Plan:
-    def __init__(self, opened: OpenedCheckpoint) -> None:
+    def __init__(self, model: PreTrainedModel, opened: OpenedCheckpoint) -> None:
+        self._model = model
         self._opened = opened
         self._stored = opened.stored
         self._order = {name: place for place, name in enumerate(_file_order(opened.stored))}
         self._found: dict[str, tuple[int, OutputTensor]] = {}
         self._fused: dict[str, _Fused] = {}
         self._split: set[nn.Module] = set()
+        self._refused: set[nn.Module] = set()
 
     def add(self, path: str, module: nn.Module) -> None:
         """Plan one module's own tensors."""
         if isinstance(module, LinearExperts2D) and any(map(_is_quantized, module.modules())):
             # Readers look for compressed experts one by one.
             self._split.update(module.modules())
+        elif isinstance(module, LinearExperts2D) and self._opened.requantize:
+            self._add_decoded_experts(path, module)
+        if module in self._refused:
+            return
         origin = opened_module(module)
         for name, value in _tensors(module):
             now = f"{path}.{name}" if path else name
@@ -253,10 +267,48 @@ class _Plan:
         name = moved_name(leaf.name, fused.old, fused.now)
         self._put(OutputTensor(name, _NAMES[dtype], shape, nbytes, pieces), leaf.parts[0])
 
+    def _add_decoded_experts(self, path: str, experts: LinearExperts2D) -> None:
+        """Plan experts that were stored one by one because they were quantized, and are not any more: readers look
+        for them in the form of their family, where that is fused.
+        """
+        origin = opened_module(expert_modules(experts)[0].down_proj)
+        source = origin.sources.get("weight") if origin is not None else None
+        if source is None or any(leaf.expert is not None or leaf.encoded is None for leaf in source.leaves()):
+            return
+        fused_cls = fused_class(experts)
+        layout = family_layout(
+            self._model, path, empty_fused(experts, fused_cls, text_config(self._model.config))
+        )
+        if any(_SINGLE_EXPERT.search(name) for name in layout):
+            return
+        self._refused.update(experts.modules())
+        dtype = self._opened.dtype or source.dtype
+
+        @functools.lru_cache(maxsize=1)
+        @torch.no_grad()
+        def written() -> dict[str, torch.Tensor]:
+            whole = fused_experts(experts, fused_cls, text_config(self._model.config))
+            return family_layout(self._model, path, whole)
+
+        for name, meta in layout.items():
+            value = functools.partial(lambda name: written()[name].to(dtype), name)
+            self._put(_computed(name, meta.to(dtype), value), next(source.leaves()).parts[0])
+
     def _name_for(self, origin: OpenedModule, name: str, now: str) -> tuple[str, str | None]:
         """Stored name and place for a tensor that a modifier gave to a module, or that is no longer fused."""
         module, place = _stored_module(origin, now.rpartition(".")[0], self._opened)
         return f"{module}.{name}", place
+
+
+def family_layout(model: PreTrainedModel, path: str, experts: nn.Module) -> dict[str, torch.Tensor]:
+    """Names and tensors that a family's checkpoints have in the place of a fused module's parameters.
+
+    :param path: of the experts
+    :param experts: fused, with or without values
+    """
+    state = {f"{path}.{name}": parameter.detach() for name, parameter in experts.named_parameters()}
+    with own_mappings():
+        return revert_weight_conversion(model, state)
 
 
 def stored_module_names(model: nn.Module, opened: OpenedCheckpoint) -> dict[str, str]:

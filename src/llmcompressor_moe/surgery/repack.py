@@ -18,7 +18,7 @@ from llmcompressor_moe.compat.llmcompressor.linear_experts import (
 )
 from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
 
-__all__ = ["has_quantized_experts", "repack_experts"]
+__all__ = ["empty_fused", "fused_experts", "has_quantized_experts", "repack_experts"]
 
 
 @torch.no_grad()
@@ -37,8 +37,11 @@ def repack_experts(model: PreTrainedModel) -> list[str]:
         fused_cls = fused_class(experts)
         if fused_cls is None or _is_quantized(experts):
             continue
-        fused = _fuse(experts, fused_cls, text_config(model.config))
-        model.set_submodule(path, fused)
+        whole = fused_experts(experts, fused_cls, text_config(model.config))
+        offload = get_cache_init_kwargs(experts)
+        if offload:
+            offload_module(whole, **offload)
+        model.set_submodule(path, whole)
         replaced.append(path)
     if loaded_linear:
         restore_checkpoint_names(model, fused=bool(replaced))
@@ -54,14 +57,30 @@ def _is_quantized(experts: LinearExperts2D) -> bool:
     return any(hasattr(module, "quantization_scheme") for module in experts.modules())
 
 
-def _fuse(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
-    modules = expert_modules(experts)
-    counts = {name: len(modules) for name in expert_count_attributes(config)}
+def empty_fused(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    """The fused module that a family has in the place of linearized experts, on the meta device.
+
+    :param fused_cls: its class
+    :param config: of the text model
+    """
+    counts = {name: len(expert_modules(experts)) for name in expert_count_attributes(config)}
     with torch.device("meta"):
-        fused = fused_cls(_with_values(config, counts))
+        empty = fused_cls(_with_values(config, counts))
     # Upstream's split reads these; the decorator of transformers sets them on most families, but not on all.
     for flag in ("is_transposed", "has_bias"):
-        setattr(fused, flag, getattr(type(experts), flag))
+        setattr(empty, flag, getattr(type(experts), flag))
+    return empty
+
+
+def fused_experts(
+    experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrainedConfig
+) -> nn.Module:
+    """A family's fused module with the values of linearized experts; all of them are in memory for that.
+
+    :raises TypeError: their order in the fused module is not known
+    """
+    modules = expert_modules(experts)
+    fused = empty_fused(experts, fused_cls, config)
     with align_modules(list(experts.modules())):
         for interleaved in (False, True):
             _assign(fused, _stack(modules, interleaved=interleaved), transposed=fused.is_transposed)
@@ -76,11 +95,7 @@ def _fuse(experts: LinearExperts2D, fused_cls: type[nn.Module], config: PreTrain
     for name, buffer in fused.named_buffers():
         if buffer.device.type == "meta":
             raise TypeError(f"{fused_cls.__name__} has a buffer {name!r} that its experts cannot fill.")
-    fused.train(experts.training)
-    offload = get_cache_init_kwargs(experts)
-    if offload:
-        offload_module(fused, **offload)
-    return fused
+    return fused.train(experts.training)
 
 
 def _with_values(config: PreTrainedConfig, values: dict[str, int]) -> PreTrainedConfig:
