@@ -15,7 +15,7 @@ from llmcompressor_moe.profile import ExpertProfile
 
 
 def scored(criterion: str, profile: ExpertProfile | None = None, **given_) -> list[float | None]:
-    values = {"num_samples": 1, "weights": [], "layer": 0, "seed": 0} | given_
+    values = {"num_samples": 1, "num_experts": 3, "weights": [], "layer": 0, "seed": 0} | given_
     return expert_criterion(criterion).score(ScoreInput(profile=profile, **values))
 
 
@@ -88,11 +88,10 @@ def test_weight_norm_is_frobenius_over_all_matrices():
 
 
 def test_random_depends_on_seed_and_layer_only():
-    weights = [[torch.ones(1)]] * 8
-    first = scored("random", weights=weights, seed=3, layer=2)
-    assert first == scored("random", PROFILE.model_copy(update={"routed_tokens": [0] * 8}), seed=3, layer=2)
-    assert first != scored("random", weights=weights, seed=4, layer=2)
-    assert first != scored("random", weights=weights, seed=3, layer=1)
+    first = scored("random", num_experts=8, seed=3, layer=2)
+    assert first == scored("random", PROFILE, num_experts=8, seed=3, layer=2)
+    assert first != scored("random", num_experts=8, seed=4, layer=2)
+    assert first != scored("random", num_experts=8, seed=3, layer=1)
     metric = METRICS["random"].score
     assert metric([3, 1, 2], 5) == metric([1, 2, 3], 5) != metric([1, 2, 3], 6)
 
@@ -105,7 +104,20 @@ def test_last_prefers_the_last():
 def test_every_criterion_names_its_source_and_what_it_needs(name):
     criterion = EXPERT_CRITERIA[name]
     assert criterion.source
-    assert criterion.statistics or criterion.needs_weights
+    assert bool(criterion.statistics) == (name not in ("weight_norm", "random"))
+
+
+@pytest.mark.parametrize("name", sorted(set(EXPERT_CRITERIA) - {"weight_norm"}))
+def test_weights_are_read_for_a_criterion_of_weights_only(name):
+    """Those of an opened checkpoint may be 20 GB per layer once they are decoded."""
+
+    def weights():
+        raise AssertionError("weights were read")
+        yield
+
+    scored(name, PROFILE, weights=weights())
+    with pytest.raises(AssertionError, match="were read"):
+        scored("weight_norm", weights=weights())
 
 
 def test_data_without_statistics_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,16 @@ class ScoreInput:
 
     :param profile: statistics; None for criteria that need no data
     :param num_samples: calibration sequences behind the statistics
-    :param weights: each expert's weight matrices; empty unless the criterion asks for them
+    :param num_experts: experts that the layer has
+    :param weights: each expert's weight matrices, read one expert at a time, and only as far as they are looked at
     :param layer: original block index
     :param seed: seed of the modifier
     """
 
     profile: ExpertProfile | None
     num_samples: int
-    weights: Sequence[Sequence[torch.Tensor]]
+    num_experts: int
+    weights: Iterable[Sequence[torch.Tensor]]
     layer: int
     seed: int
 
@@ -42,13 +44,11 @@ class ExpertCriterion:
     :param source: where the criterion comes from
     :param score: one number per expert, None for an expert without any evidence (it saw no token)
     :param statistics: what has to be profiled
-    :param needs_weights: whether the experts' weights are read
     """
 
     source: str
     score: Callable[[ScoreInput], Scores]
     statistics: frozenset[Statistic] = frozenset()
-    needs_weights: bool = False
 
 
 def router_score(given: ScoreInput) -> Scores:
@@ -134,8 +134,7 @@ def redundancy(given: ScoreInput) -> Scores:
 def random_score(given: ScoreInput) -> Scores:
     """Baseline: uniform at random from the seed and the layer."""
     generator = random.Random(given.seed * 1_000_003 + given.layer)
-    count = len(given.profile.routed_tokens) if given.profile else len(given.weights)
-    return [generator.random() for _ in range(count)]
+    return [generator.random() for _ in range(given.num_experts)]
 
 
 def _profile(given: ScoreInput) -> ExpertProfile:
@@ -156,11 +155,11 @@ EXPERT_CRITERIA: dict[str, ExpertCriterion] = {
     "frequency": ExpertCriterion("share of routed choices", frequency, _ROUTING),
     "reap": ExpertCriterion("arXiv 2510.13999", reap, _OUTPUT),
     "output_norm": ExpertCriterion("mean output norm on routed tokens", output_norm, _OUTPUT),
-    "weight_norm": ExpertCriterion("Frobenius norm of the weights", weight_norm, needs_weights=True),
+    "weight_norm": ExpertCriterion("Frobenius norm of the weights", weight_norm),
     "redundancy": ExpertCriterion(
         "greedy on output similarity", redundancy, frozenset({Statistic.ROUTING, Statistic.REDUNDANCY})
     ),
-    "random": ExpertCriterion("baseline: uniform at random", random_score, needs_weights=True),
+    "random": ExpertCriterion("baseline: uniform at random", random_score),
 }
 
 

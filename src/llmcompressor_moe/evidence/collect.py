@@ -24,7 +24,7 @@ _STATISTICS = {Statistic.BLOCK, Statistic.LAYER, Statistic.ROUTING, Statistic.OU
 _CRITERIA = {
     name: criterion
     for name, criterion in EXPERT_CRITERIA.items()
-    if criterion.statistics and criterion.statistics <= _STATISTICS and not criterion.needs_weights
+    if criterion.statistics and criterion.statistics <= _STATISTICS
 }
 
 
@@ -116,7 +116,8 @@ def _scores(profile: Profile, layer: int) -> dict[str, list[float | None]]:
             ScoreInput(
                 profile=profile.experts[layer],
                 num_samples=profile.num_samples,
-                weights=[],
+                num_experts=len(profile.experts[layer].routed_tokens),
+                weights=(),
                 layer=layer,
                 seed=0,
             )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from compressed_tensors.offload import align_modules
 from llmcompressor.core import State
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from loguru import logger
 from pydantic import model_validator
+from torch import nn
 
 from llmcompressor_moe.criteria import expert_criterion
 from llmcompressor_moe.criteria.experts import ScoreInput
@@ -210,23 +212,16 @@ class ExpertDropModifier(TrimModifier):
     def _scores(self, layer: int, profile: Profile | None) -> list[float | None]:
         """One score per expert that the layer has now."""
         criterion = expert_criterion(self.criterion)
-        experts = self._session.experts(layer)
-        with align_modules(
-            [module for expert in experts for module in expert.modules()] if criterion.needs_weights else []
-        ):
-            weights = [
-                [parameter.detach() for parameter in expert.parameters() if parameter.ndim == 2]
-                for expert in experts
-            ]
-            scores = criterion.score(
-                ScoreInput(
-                    profile=profile.experts[layer] if profile else None,
-                    num_samples=profile.num_samples if profile else 0,
-                    weights=weights if criterion.needs_weights else [],
-                    layer=layer,
-                    seed=self.seed,
-                )
+        scores = criterion.score(
+            ScoreInput(
+                profile=profile.experts[layer] if profile else None,
+                num_samples=profile.num_samples if profile else 0,
+                num_experts=len(self._session.experts(layer)),
+                weights=(_weights(expert) for expert in self._session.experts(layer)),
+                layer=layer,
+                seed=self.seed,
             )
+        )
         if profile is None:
             return scores
         by_id = dict(zip(self._shared.expert_ids[layer], scores, strict=True))
@@ -268,3 +263,8 @@ class ExpertDropModifier(TrimModifier):
                 count = {len(self._session.experts(layer)) for layer in self._session.layers}
                 set_expert_count(state.model.config, count.pop())
                 other.on_initialize(state)
+
+
+def _weights(expert: nn.Module) -> list[torch.Tensor]:
+    with align_modules(list(expert.modules())):
+        return [parameter.detach() for parameter in expert.parameters() if parameter.ndim == 2]
