@@ -115,7 +115,8 @@ def test_weights_are_read_for_a_criterion_of_weights_only(name):
         raise AssertionError("weights were read")
         yield
 
-    scored(name, PROFILE, weights=weights())
+    similar = torch.eye(len(PROFILE.routed_tokens)).tolist()
+    scored(name, PROFILE.model_copy(update={"output_similarity": similar}), weights=weights())
     with pytest.raises(AssertionError, match="were read"):
         scored("weight_norm", weights=weights())
 
