@@ -329,7 +329,7 @@ def test_bad_fields(fields: dict[str, Any], says: str) -> None:
 
 def test_refused_before_any_work(tmp_path: Path) -> None:
     base = support.saved("mixtral", tmp_path)
-    with pytest.raises(ValueError, match="none: put it behind the drops"):
+    with pytest.raises(ValueError, match="none: put it after the drops"):
         support.trim(support.load(base), [RouterCalibrationModifier()])
     drop = ExpertDropModifier(experts={0: [0]})
     with pytest.raises(ValueError, match="needs calibration data"):

@@ -37,7 +37,7 @@ def densify(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Neurons per feed-forward, shared experts' included; as many as one token passes, unless told. "
+            help="Neurons per feed-forward, shared experts' included. Defaults to as many as one token passes. "
             "For neurons only."
         ),
     ] = None,

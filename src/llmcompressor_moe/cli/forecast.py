@@ -39,7 +39,7 @@ def forecast(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="Weight-only preset for experts, repeatable; W4A16, W8A16 and UNQUANTIZED unless told."
+            help="Weight-only preset for experts, repeatable. Defaults to W4A16, W8A16 and UNQUANTIZED."
         ),
     ] = None,
     group_size: Annotated[

@@ -27,11 +27,11 @@ _SAMPLES, _LENGTH = 128, 512
 def inspect(
     model: Annotated[
         Path | None,
-        typer.Argument(help="Directory with the model's config.json; the bundled demo model unless told."),
+        typer.Argument(help="Directory with the model's config.json. Defaults to the bundled demo model."),
     ] = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(help="Preset to size the routed experts in, repeatable; W4A16 and W8A16 unless told."),
+        typer.Option(help="Preset to size the routed experts in, repeatable. Defaults to W4A16 and W8A16."),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(min=1, help="Group size of group-wise integer schemes.")

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 ModelDirectory = Annotated[
-    Path | None, typer.Argument(help="Directory of the model; the bundled demo model unless told.")
+    Path | None, typer.Argument(help="Directory of the model. Defaults to the bundled demo model.")
 ]
 OutputDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory for the new checkpoint.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
@@ -70,7 +70,7 @@ WindowLength = Annotated[
 ]
 Stride = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens that each further window predicts; half a window unless told."),
+    typer.Option(min=1, help="Tokens that each further window predicts. Defaults to half a window."),
 ]
 WindowBatch = Annotated[int, typer.Option(min=1, help="Windows per forward pass.")]
 

@@ -38,7 +38,7 @@ def recover(
     ] = "demo",
     heldout: Annotated[
         str | None,
-        typer.Option("--text", "-t", help="Text to measure on; a share of the data unless told."),
+        typer.Option("--text", "-t", help="Text to measure on. Defaults to a share of the data."),
     ] = None,
     max_heldout_tokens: Annotated[int, typer.Option(help="Tokens to measure on, at most.")] = 32768,
     length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
@@ -46,18 +46,19 @@ def recover(
         list[str] | None,
         typer.Option(
             help="NAME=WEIGHT of a loss: next_token, logits_kl, router_kl, expert_output, hidden, load_balancing. "
-            "logits_kl=1 unless told."
+            "Defaults to logits_kl=1."
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of logits_kl.")] = 1.0,
     train: Annotated[
         list[str] | None,
-        typer.Option(help="What trains: router, norms, experts, attention, lora, or all (unless told)."),
+        typer.Option(help="What trains: router, norms, experts, attention, lora, or all. Defaults to all."),
     ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Their weight, times rank.")] = None,
     lora_target: Annotated[
-        list[str] | None, typer.Option(help="Where they are: attention (unless told), experts, router.")
+        list[str] | None,
+        typer.Option(help="Where they are: attention, experts, router. Defaults to attention."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; as --epochs tells unless given.")

@@ -22,7 +22,7 @@ class SpeedSettings(BaseModel):
     :param prompt_lengths: tokens of each prompt; every batch size is measured with every length
     :param new_tokens: tokens that each sequence is continued by; the first comes from the prefill
     :param rounds: turns per model and shape that count
-    :param together: keep all models loaded; else each is loaded anew for its turns in every round, for models
+    :param together: keep all models loaded; else each is loaded again for its turns in every round, for models
         that do not fit in memory together
     :param memory: measure the peak memory too; for transformers on a CPU that loads each model once more
     """

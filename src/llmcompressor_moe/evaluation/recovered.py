@@ -53,6 +53,6 @@ def read_recovery(checkpoint: str | Path) -> RecoveryCurve | None:
         found = RecoveryCurve.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValidationError, ValueError) as error:
         raise ValueError(
-            f"{path} is no record of a recovery ({error}); delete it, or recover the model anew."
+            f"{path} is no record of a recovery ({error}); delete it, or recover the model again."
         ) from error
     return found.model_copy(update={"log": [look for look in found.log if look.heldout_nll is not None]})

@@ -141,7 +141,7 @@ def compare_speed(
 ) -> list[SpeedComparison]:
     """Measure compressed checkpoints and their base side by side, all of them in the same rounds.
 
-    :param engines: transformers, and vLLM where ``vllm_python`` is given, unless told
+    :param engines: defaults to transformers, and vLLM where ``vllm_python`` is given
     :param vllm_python: the interpreter of vLLM's environment
     :param routing: path -> routing shares of that model, see `ModelCost.decode_at`
     :return: by engine, then by compressed model, then by shape

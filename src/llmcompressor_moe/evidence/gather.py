@@ -159,21 +159,21 @@ def load_evidence(path: str | Path, model: str | Path, candidates: Sequence[Cand
         raise ValueError(
             f"evidence {str(path)!r} is no evidence of a calibration run: "
             f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}. "
-            "Gather it anew."
+            "Gather it again."
         ) from error
     _require_same_model(path, evidence, model)
     for candidate in candidates:
         if candidate.name not in evidence.schemes:
             raise ValueError(
                 f"evidence {str(path)!r} does not know the scheme {candidate.name}; it has "
-                f"{', '.join(evidence.schemes) or 'none'}. Name those, or gather it anew."
+                f"{', '.join(evidence.schemes) or 'none'}. Name those, or gather it again."
             )
         tried = evidence.schemes[candidate.name]
         if tried != candidate.written:
             raise ValueError(
                 f"evidence {str(path)!r} tried another scheme by the name of {candidate.name} (weights: "
                 f"{_weights(tried)}; asked for: {_weights(candidate.written)}). Give the same group_size, or "
-                "gather it anew."
+                "gather it again."
             )
     return evidence
 
@@ -199,7 +199,7 @@ def _require_same_model(path: str | Path, evidence: Evidence, model: str | Path)
         if found != wanted:
             raise ValueError(
                 f"evidence {str(path)!r} tells of another model: {name} is {found} there and {wanted} in "
-                f"{str(model)!r}. Give the evidence of this model, or none, to gather it anew."
+                f"{str(model)!r}. Give the evidence of this model, or none, to gather it."
             )
 
 

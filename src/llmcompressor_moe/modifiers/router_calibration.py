@@ -90,7 +90,7 @@ class RouterCalibrationModifier(MoEModifier):
         if not modifiers_before(self):
             raise ValueError(
                 "RouterCalibrationModifier mends what modifiers before it did, and there are none: put it "
-                "behind the drops or the quantization of the recipe."
+                "after the drops or the quantization of the recipe."
             )
         session = self._join_session(state)
         batches = list(self._require_data(state, "leave RouterCalibrationModifier out"))

@@ -98,7 +98,7 @@ def outlook(
 
     :param shape: of the model that the evidence is of, with the grid's schemes
     :param allowed_increase: of the perplexity, relative: 0.05 for five percent
-    :param calibration: the bundled one unless told
+    :param calibration: defaults to the bundled one
     :raises ValueError: ``allowed_increase`` is negative or no number, or a point is impossible; names it
     """
     check_allowed(allowed_increase)

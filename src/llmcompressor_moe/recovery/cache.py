@@ -237,7 +237,7 @@ def _read_index(directory: Path) -> _Index:
 
 
 def _rewrite(directory: Path) -> str:
-    return f"Remove {str(directory)!r} to have it written anew, or name another directory."
+    return f"Remove {str(directory)!r} to have it written again, or name another directory."
 
 
 def _top(logits: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:

@@ -111,7 +111,7 @@ def top_logits_kl(
     if top.temperature != temperature:
         raise ValueError(
             f"temperature is {temperature}, and the teacher's top logits were kept for {top.temperature}: use "
-            "that, or keep them anew."
+            "that, or keep them again."
         )
     if top.values.shape[:-1] != student.shape[:-1]:
         raise ValueError(

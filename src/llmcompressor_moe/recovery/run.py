@@ -227,20 +227,20 @@ def _checkpoint_to_resume(directory: Path, identity: dict[str, Any], resume: boo
     if not resume:
         raise ValueError(
             f"{str(directory)!r} holds an interrupted training, up to {checkpoint.name}; resume it (`--resume`), "
-            "or delete the directory to start anew."
+            "or delete the directory to start over."
         )
     try:
         before = json.loads((directory / _RUN_FILE).read_text())
     except ValueError as error:
         raise ValueError(
-            f"{directory / _RUN_FILE} is not JSON ({error}); delete the directory to start anew."
+            f"{directory / _RUN_FILE} is not JSON ({error}); delete the directory to start over."
         ) from error
     differing = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
     if differing:
         raise ValueError(
             f"{str(directory)!r} is a training with other settings, text or models ({', '.join(differing)} "
             "differ); resume it with those it began with, name another output, or delete the directory to start "
-            "anew."
+            "over."
         )
     return checkpoint
 

@@ -189,7 +189,7 @@ class RecoveryTrainer(SteppedTrainer):
         )
         raise TrainingDivergedError(
             f"Step {self.state.global_step + 1}: {what} is NaN or infinite ({means}); {kept}. Lower the learning "
-            f"rate (learning_rate={self._settings.learning_rate:g}) and resume, or start anew in another dtype; "
+            f"rate (learning_rate={self._settings.learning_rate:g}) and resume, or start again in another dtype; "
             "if it was the first step, a model gives NaN already."
         )
 
@@ -262,7 +262,7 @@ class RecoveryTrainer(SteppedTrainer):
         if differing:
             raise ValueError(
                 f"checkpoint {checkpoint!r} is of another run: {differing[0]!r} is only in one of the "
-                "two; start anew in another output directory."
+                "two; start again in another output directory."
             )
         with torch.no_grad():
             for name, value in here.items():

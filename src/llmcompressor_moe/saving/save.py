@@ -102,9 +102,9 @@ def saved_reports(checkpoint: str | Path) -> list[dict[str, Any]]:
     try:
         reports = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); write the checkpoint anew.") from error
+        raise ValueError(f"{path} is not JSON ({error}); write the checkpoint again.") from error
     if not isinstance(reports, list) or not all(isinstance(report, dict) for report in reports):
-        raise ValueError(f"{path} must hold a list of reports; write the checkpoint anew.")
+        raise ValueError(f"{path} must hold a list of reports; write the checkpoint again.")
     return reports
 
 

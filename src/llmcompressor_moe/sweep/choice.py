@@ -159,7 +159,7 @@ def _parts(
 def _scores(evidence: Evidence, layer: int, criterion: str) -> list[float | None]:
     known = evidence.layers[layer].scores
     if criterion not in known:
-        raise ValueError(f"the evidence has no scores by {criterion}; gather it anew.")
+        raise ValueError(f"the evidence has no scores by {criterion}; gather it again.")
     return known[criterion]
 
 
