@@ -17,6 +17,17 @@ from llmcompressor_moe.evaluation.history import ModelLayout
 from llmcompressor_moe.report import DropReport
 
 VOCAB = tiny_models.VOCAB
+# Families whose models call their blocks in unlike ways.
+UNLIKE_FAMILIES = [
+    "qwen3_moe",
+    "llama4_text",
+    "gpt_oss",
+    "deepseek_v4",
+    "zaya",
+    "granitemoehybrid",
+    "qwen3_next",
+    "gemma4_text",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -31,6 +42,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def token_ids(samples: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids, [samples, length]."""
     return torch.randint(3, VOCAB - 8, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_batches() -> list[dict[str, torch.Tensor]]:
+    """Three batches of one sequence each, 12 tokens; the last three tokens of the second are padding."""
+    found = []
+    for index, row in enumerate(token_ids(3, 12, 1)):
+        mask = torch.ones_like(row)[None]
+        if index == 1:
+            mask[:, 9:] = 0
+        found.append({"input_ids": row[None] * mask, "attention_mask": mask})
+    return found
 
 
 def dataset(ids: torch.Tensor | None = None) -> Dataset:

@@ -212,6 +212,34 @@ def test_a_router_that_lost_experts_as_by_hand(
         assert found.router_kl == pytest.approx(0, abs=1e-6)
 
 
+def test_parts_of_the_tokens_add_up_and_only_the_caller_talks_to_other_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forbidden(*_args: object) -> None:
+        raise AssertionError("one rank alone would wait for ever")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", forbidden)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    first, kept = logits(11, 6, 0), [0, 2, 3, 5]
+    before = trace(first, 2)
+    after = trace((first + logits(11, 6, 1))[:, kept], 2)
+    whole = routing_fidelity(before, after, kept)
+    parts = [
+        [RouterTrace(side.chosen[rows], side.probabilities[rows]) for side in (before, after)]
+        for rows in (slice(0, 4), slice(4, 11))
+    ]
+    sums: list[torch.Tensor] = []
+    for part in parts:
+        routing_fidelity(*part, kept, total=lambda values: sums.append(values) or values)
+    for part in parts:
+        found = routing_fidelity(*part, kept, total=lambda _values: sum(sums))
+        assert_equal(found, whole.model_dump())
+    # A rank without tokens has seen no probabilities either; the others' count.
+    nothing = RouterTrace(before.chosen[:0], None), RouterTrace(after.chosen[:0], None)
+    alone = routing_fidelity(*nothing, kept, total=lambda values: values + sum(sums))
+    assert_equal(alone, whole.model_dump())
+
+
 def test_a_router_that_lost_two_experts_worked_out_by_hand() -> None:
     """4 experts, top-2, experts 0 and 3 go: 1 and 2 are chosen by every token."""
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.2, 0.3]])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
 from llmcompressor_moe.profile.computing import ComputedModules, computed_in, fast_dtype
-from llmcompressor_moe.profile.forward import forwards, run_batches, run_once
+from llmcompressor_moe.profile.forward import forwards, run_batches
 from llmcompressor_moe.profile.lockstep import run_lockstep
 from llmcompressor_moe.profile.observers import ExpertsObserver
 from llmcompressor_moe.profile.observing import attached
@@ -27,40 +27,19 @@ from llmcompressor_moe.profile.samples import LayerSample, collect_samples
 from llmcompressor_moe.surgery.bypass import bypass_block, bypass_moe
 from llmcompressor_moe.topology import find_topology
 
-FAMILIES = [
-    "qwen3_moe",
-    "llama4_text",
-    "gpt_oss",
-    "deepseek_v4",
-    "zaya",
-    "granitemoehybrid",
-    "qwen3_next",
-    "gemma4_text",
-]
 STATISTICS = {Statistic.BLOCK, Statistic.LAYER, Statistic.ROUTING, Statistic.OUTPUT}
-
-
-def batches(samples: int = 3) -> list[dict]:
-    """One sequence each, the second one padded."""
-    found = []
-    for index, row in enumerate(support.token_ids(samples, 12, 1)):
-        mask = torch.ones_like(row)[None]
-        if index == 1:
-            mask[:, 9:] = 0
-        found.append({"input_ids": row[None] * mask, "attention_mask": mask})
-    return found
 
 
 def native(model: PreTrainedModel) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [model(**batch, use_cache=False).logits for batch in batches()]
+        return [model(**batch, use_cache=False).logits for batch in support.padded_batches()]
 
 
 def lockstep(model: PreTrainedModel, **options) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     with run_options(**options):
-        run_batches(model, batches(), None, None, on_logits=found.__setitem__)
-    return [found[index] for index in range(len(batches()))]
+        run_batches(model, support.padded_batches(), None, None, on_logits=found.__setitem__)
+    return [found[index] for index in range(len(support.padded_batches()))]
 
 
 def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 2e-4) -> None:
@@ -68,7 +47,7 @@ def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", support.UNLIKE_FAMILIES)
 def test_equals_the_model_alone(model_type: str) -> None:
     model = tiny_models.build(model_type)
     expected = native(model)
@@ -175,7 +154,7 @@ def test_each_expert_is_called_once_with_the_tokens_of_all_batches() -> None:
     calls: list[int] = []
     expert = model.model.layers[0].mlp.experts[0]
     expert.register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
-    run_batches(model, batches(), None, None)
+    run_batches(model, support.padded_batches(), None, None)
     assert calls == [3 * 12]
 
 
@@ -183,9 +162,10 @@ def test_the_head_runs_only_where_logits_are_wanted() -> None:
     model = tiny_models.build("qwen3_moe")
     calls = []
     model.lm_head.register_forward_hook(lambda *_args: calls.append(1))
-    run_batches(model, batches(), None, None)
+    run_batches(model, support.padded_batches(), None, None)
     assert not calls
-    torch.testing.assert_close(run_once(model, batches()[0]), native(model)[0], atol=1e-4, rtol=1e-4)
+    lockstep(model)
+    assert len(calls) == len(support.padded_batches())
 
 
 def test_a_model_without_moe_layers() -> None:
@@ -194,7 +174,7 @@ def test_a_model_without_moe_layers() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     blocks = []
     with forwards(model):
-        run_lockstep(model, batches(), on_block_done=lambda block, _: blocks.append(block))
+        run_lockstep(model, support.padded_batches(), on_block_done=lambda block, _: blocks.append(block))
     assert blocks == [0, 1, 2]
     assert_equal(lockstep(model), native(model))
 
@@ -249,11 +229,11 @@ def test_an_exception_surfaces_and_everything_is_as_it_was() -> None:
         handle = model.model.layers[2].mlp.gate.register_forward_hook(fail)
         stack.callback(handle.remove)
         with pytest.raises(ZeroDivisionError, match="in the third block"):
-            run_batches(model, batches(), None, None)
+            run_batches(model, support.padded_batches(), None, None)
     assert len(ended) == 3, "forwards that wait are ended, not left in the middle"
     assert own_forwards(model) == forwards_before
     assert all(module._parameters is parameters[name] for name, module in model.named_modules())
-    run_batches(model, batches(), None, None)
+    run_batches(model, support.padded_batches(), None, None)
 
 
 def fail(*_args) -> None:
@@ -262,7 +242,7 @@ def fail(*_args) -> None:
 
 def profiled(model: PreTrainedModel, **options) -> Profile:
     with run_options(**options):
-        return collect_profile(model, find_topology(model), batches(), STATISTICS)
+        return collect_profile(model, find_topology(model), support.padded_batches(), STATISTICS)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text"])
@@ -298,7 +278,7 @@ def test_a_pass_that_is_resumed_is_bit_identical(model_type: str) -> None:
                 raise KeyboardInterrupt
 
         with forwards(model), attached(observers.values()), stopping():
-            run_lockstep(model, batches(), on_block_done=note, **options)
+            run_lockstep(model, support.padded_batches(), on_block_done=note, **options)
         return done
 
     saved: dict[int, dict] = {}
@@ -330,15 +310,17 @@ def stopping() -> Iterator[None]:
 
 def test_a_start_in_the_middle_needs_what_came_before() -> None:
     with pytest.raises(ValueError, match="resume"):
-        run_lockstep(tiny_models.build("qwen3_moe"), batches(), start_block=1)
+        run_lockstep(tiny_models.build("qwen3_moe"), support.padded_batches(), start_block=1)
 
 
 def test_samples_are_handed_over_layer_by_layer() -> None:
     model = linearize_moe(tiny_models.build("qwen3_moe"))
     topology = find_topology(model)
-    kept = collect_samples(model, topology, batches(), 4)
+    kept = collect_samples(model, topology, support.padded_batches(), 4)
     handed: dict[int, LayerSample] = {}
-    assert collect_samples(model, topology, batches(), 4, on_layer_done=handed.__setitem__) == {}
+    assert (
+        collect_samples(model, topology, support.padded_batches(), 4, on_layer_done=handed.__setitem__) == {}
+    )
     assert list(handed) == list(kept) == [0, 1, 2, 3]
     for index, sample in kept.items():
         assert sample.tokens == 33
@@ -346,7 +328,7 @@ def test_samples_are_handed_over_layer_by_layer() -> None:
             assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.outputs, theirs.outputs)
             assert len(ours.inputs) == min(4, ours.routed_tokens)
     with run_options(wave_tokens=12):
-        waves = collect_samples(model, topology, batches(), 3)
+        waves = collect_samples(model, topology, support.padded_batches(), 3)
     assert all(len(expert.inputs) <= 3 for sample in waves.values() for expert in sample.experts)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import support
 import tiny_models
-import torch
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -26,36 +25,14 @@ from llmcompressor_moe.saving import shards
 from llmcompressor_moe.topology import find_topology
 from llmcompressor_moe.work_folder import WorkFolder, WorkFolderError, work_path
 
-FAMILIES = [
-    "qwen3_moe",
-    "llama4_text",
-    "gpt_oss",
-    "deepseek_v4",
-    "zaya",
-    "granitemoehybrid",
-    "qwen3_next",
-    "gemma4_text",
-]
-
 
 class Stopped(BaseException):
     """Ends a pass as a signal would."""
 
 
-def batches() -> list[dict]:
-    """One sequence each, the second one padded."""
-    found = []
-    for index, row in enumerate(support.token_ids(3, 12, 1)):
-        mask = torch.ones_like(row)[None]
-        if index == 1:
-            mask[:, 9:] = 0
-        found.append({"input_ids": row[None] * mask, "attention_mask": mask})
-    return found
-
-
 def profile(model: PreTrainedModel, kept: ResumablePass | None = None) -> Profile:
     return collect_profile(
-        model, find_topology(model), batches(), set(Statistic), run_length=2, resumable=kept
+        model, find_topology(model), support.padded_batches(), set(Statistic), run_length=2, resumable=kept
     )
 
 
@@ -70,7 +47,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(ResumablePass, "block_done", block_done)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", support.UNLIKE_FAMILIES)
 def test_a_pass_goes_on_after_any_block(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.evaluation.history import KeptParts, ModelLayout, layout_of, match_layouts
-from llmcompressor_moe.profile.forward import batch_mask
+from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
 from llmcompressor_moe.profile.observing import hidden_argument
 from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
 from llmcompressor_moe.report import DropReport
@@ -156,7 +156,9 @@ def compare_records(
     for position, block in enumerate(kept.blocks):
         if block in kept.experts:
             experts = list(kept.experts[block])
-            fidelity = routing_fidelity(base.traces[block], compressed.traces[position], experts)
+            fidelity = routing_fidelity(
+                base.traces[block], compressed.traces[position], experts, total=sum_over_ranks
+            )
             layers[block] = LayerRouting(compressed_block=position, kept_experts=experts, routing=fidelity)
     return RoutingComparison(
         tokens=base.tokens,

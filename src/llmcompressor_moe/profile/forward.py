@@ -30,7 +30,6 @@ __all__ = [
     "forwards",
     "quantized_as_calibrated",
     "run_batches",
-    "run_once",
     "sum_over_ranks",
     "to_device",
 ]
@@ -107,13 +106,6 @@ def quantized_as_calibrated(model: torch.nn.Module) -> Iterator[None]:
         for module, enabled in states.items():
             if enabled is not None:
                 module.quantization_enabled = enabled
-
-
-def run_once(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits of one batch, [batch, sequence, vocabulary], with other modifiers' hooks silent."""
-    found: list[torch.Tensor] = []
-    run_batches(model, [batch], None, None, on_logits=lambda _index, logits: found.append(logits))
-    return found[0]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

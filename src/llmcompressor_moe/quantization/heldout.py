@@ -90,7 +90,9 @@ def _routing_after(
         if layer not in reference.traces:
             continue
         columns = [reference.expert_ids[layer].index(expert) for expert in session.expert_ids(layer)]
-        found[layer] = routing_fidelity(restricted(reference.traces[layer], columns), trace)
+        found[layer] = routing_fidelity(
+            restricted(reference.traces[layer], columns), trace, total=sum_over_ranks
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from llmcompressor.modifiers.quantization.calibration import initialize_observer, observe, update_qparams
 from torch import nn
 
+from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.routing import trace_routing
 from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
 from llmcompressor_moe.routing.fidelity import routing_fidelity
@@ -92,7 +93,9 @@ def guard_routers(
     before = trace_routing(session.model, topology, batches, skip_layers=skip_layers)
     undo = round_routers(modules, candidate)
     after = trace_routing(session.model, topology, batches, skip_layers=skip_layers)
-    overlaps = [routing_fidelity(before[layer], after[layer]).top_k_overlap for layer in layers]
+    overlaps = [
+        routing_fidelity(before[layer], after[layer], total=sum_over_ranks).top_k_overlap for layer in layers
+    ]
     change = 1 - sum(overlaps) / max(len(overlaps), 1)
     if change > limit:
         restore_routers(undo)

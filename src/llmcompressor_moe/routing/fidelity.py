@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.routing import RouterTrace
 
 __all__ = ["RoutingFidelity", "load_cv", "restricted", "routing_fidelity"]
@@ -70,9 +69,13 @@ def load_cv(load: torch.Tensor) -> float:
 
 
 def routing_fidelity(
-    before: RouterTrace, after: RouterTrace, kept: Sequence[int] | None = None
+    before: RouterTrace,
+    after: RouterTrace,
+    kept: Sequence[int] | None = None,
+    *,
+    total: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
 ) -> RoutingFidelity:
-    """Compare two traces of the same tokens, summed over all ranks.
+    """Compare two traces of the same tokens.
 
     The overlap of a token is the share of its experts before that are chosen after; a token whose experts are
     all gone counts as no overlap.
@@ -80,44 +83,26 @@ def routing_fidelity(
     :param before: [tokens, experts]
     :param after: [tokens, experts that are left]
     :param kept: which experts before are those of ``after``, in its order; None: all of them
+    :param total: adds up a vector of sums over tokens with those of the other ranks, such as
+        `profile.forward.sum_over_ranks`, which all ranks must call; by default the traces hold all tokens
     :raises ValueError: the traces are not of the same tokens, or ``kept`` does not name the experts of ``after``
     """
     experts = before.chosen.shape[1]
     columns = list(range(experts)) if kept is None else list(kept)
     _check_shapes(before, after, columns)
-    left = before if columns == list(range(experts)) else restricted(before, columns)
-    wanted = before.chosen.sum(dim=-1).double()
-    again = (left.chosen & after.chosen).sum(dim=-1).double()
-    anew = _choice_among(before, columns)
-    divergence = torch.zeros((), dtype=torch.float64)
-    both = left.probabilities is not None and after.probabilities is not None
-    if both:
-        p, q = (trace.probabilities.double().clamp(min=1e-12) for trace in (left, after))
-        divergence = (p * (p / q).log()).sum()
-    totals = sum_over_ranks(
-        torch.stack(
-            [
-                (again / wanted.clamp(min=1)).sum(),
-                divergence,
-                torch.tensor(float(len(wanted))).double(),
-                ((again == 0) & (wanted > 0)).sum().double(),
-                _overlap(anew, after.chosen) if anew is not None else torch.zeros(()).double(),
-                torch.tensor(float(len(wanted) if anew is not None else 0)).double(),
-            ]
-        )
-    )
     loads = torch.zeros(2, experts, dtype=torch.float64)
     loads[0] = before.chosen.sum(dim=0)
     loads[1, columns] = after.chosen.sum(dim=0).double()
-    loads = sum_over_ranks(loads)
-    overlap, divergence, seen, replaced, overlap_anew, seen_anew = totals.tolist()
-    tokens = max(seen, 1.0)
+    sums = total(torch.cat([_sums_over_tokens(before, after, columns), loads.flatten()]))
+    loads = sums[-loads.numel() :].reshape(2, experts)
+    tokens, overlap, replaced, compared, divergence, explained, overlap_kept = sums[: -loads.numel()].tolist()
+    count = max(tokens, 1.0)
     shares = loads / loads.sum(dim=-1, keepdim=True).clamp(min=1)
     return RoutingFidelity(
-        top_k_overlap=overlap / tokens,
-        top_k_overlap_kept=overlap_anew / tokens if seen_anew == seen else None,
-        replaced=replaced / tokens,
-        router_kl=max(divergence / tokens, 0.0) if both else None,
+        top_k_overlap=overlap / count,
+        top_k_overlap_kept=overlap_kept / count if explained == tokens else None,
+        replaced=replaced / count,
+        router_kl=max(divergence / count, 0.0) if compared == tokens else None,
         load_change=float((shares[1] - shares[0]).abs().sum() / 2),
         load_cv_before=load_cv(loads[0]),
         load_cv_after=load_cv(loads[1, columns]),
@@ -125,6 +110,29 @@ def routing_fidelity(
         dead_after=int((loads[1, columns] == 0).sum()),
         utilization_before=shares[0].tolist(),
         utilization_after=shares[1].tolist(),
+    )
+
+
+def _sums_over_tokens(before: RouterTrace, after: RouterTrace, columns: list[int]) -> torch.Tensor:
+    """[7]: tokens; overlap; tokens whose experts were all replaced; tokens with probabilities on both sides and
+    their divergence; tokens whose choice probabilities explain and their overlap with what is left of it.
+    """
+    tokens = len(before.chosen)
+    left = before if columns == list(range(before.chosen.shape[1])) else restricted(before, columns)
+    wanted = before.chosen.sum(dim=-1).double()
+    again = (left.chosen & after.chosen).sum(dim=-1).double()
+    replaced = ((again == 0) & (wanted > 0)).sum()
+    compared = divergence = explained = overlap_kept = 0.0
+    if left.probabilities is not None and after.probabilities is not None:
+        p, q = (trace.probabilities.double().clamp(min=1e-12) for trace in (left, after))
+        compared, divergence = tokens, float((p * (p / q).log()).sum())
+    choice = _choice_among(before, columns)
+    if choice is not None:
+        explained, overlap_kept = tokens, float(_overlap(choice, after.chosen))
+    overlap = (again / wanted.clamp(min=1)).sum()
+    return torch.tensor(
+        [tokens, float(overlap), float(replaced), compared, divergence, explained, overlap_kept],
+        dtype=torch.float64,
     )
 
 

@@ -104,7 +104,7 @@ def record(
     held_outputs = None
     if settings.judge_outputs:
         watching = layer_recorders(model, topology, layers, len(held), _HELD_OUT_TOKENS)
-        held_outputs = record_outputs(model, topology, held, watching.values())
+        held_outputs = record_outputs(model, held, watching.values())
         held_wanted = {index: recorder.record() for index, recorder in watching.items()}
     else:
         held_wanted = record_layers(model, topology, layers, held, _HELD_OUT_TOKENS)
@@ -117,7 +117,7 @@ def record(
         if settings.by_layer
         else {},
         held_wanted=held_wanted,
-        outputs=None if settings.by_layer else record_outputs(model, topology, batches),
+        outputs=None if settings.by_layer else record_outputs(model, batches),
         held_outputs=held_outputs,
     )
 
@@ -197,7 +197,7 @@ class _Calibration:
         watching = layer_recorders(
             self._model, self._topology, list(self._blocks), len(outputs.batches), _HELD_OUT_TOKENS
         )
-        divergence = mean_divergence(self._model, self._topology, outputs, watching.values())
+        divergence = mean_divergence(self._model, outputs, watching.values())
         return {index: recorder.record() for index, recorder in watching.items()}, divergence
 
     def _received(self, batches: Sequence[dict[str, Any]], tokens: int) -> dict[int, LayerRecord]:
@@ -240,7 +240,7 @@ class _Calibration:
         with contextlib.ExitStack() as stack:
             for layer in self._parameters.values():
                 stack.enter_context(layer.active())
-            return mean_divergence(self._model, self._topology, self._recording.held_outputs)
+            return mean_divergence(self._model, self._recording.held_outputs)
 
     def _each(self, action: Callable[[LayerParameters], None], layers: Iterable[int]) -> None:
         for index in layers:

@@ -38,7 +38,6 @@ class OutputRecord:
 
 def record_outputs(
     model: PreTrainedModel,
-    topology: Topology,
     batches: Sequence[dict[str, Any]],
     observers: Collection[Observer] = (),
 ) -> OutputRecord:
@@ -57,7 +56,6 @@ def record_outputs(
 
 def mean_divergence(
     model: PreTrainedModel,
-    topology: Topology,
     record: OutputRecord,
     observers: Collection[Observer] = (),
     *,
