@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def saved(model_type: str, directory: Path, **options: Any) -> Path:
         model.save_pretrained(path)
         tokenizer().save_pretrained(path)
     return path
+
+
+def files_that_tell(*places: Path) -> list[str]:
+    """Text files, given or below a directory given, that hold an absolute path of this machine."""
+    secrets = [str(place) for place in (tempfile.gettempdir(), Path.home(), Path(__file__).parents[1])]
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*"))]
+    texts = [file for file in files if file.suffix in {".json", ".jsonl", ".md", ".html", ".yaml", ".txt"}]
+    assert texts
+    return [str(file) for file in texts if any(f"{secret}/" in file.read_text() for secret in secrets)]
 
 
 def load(path: Path) -> PreTrainedModel:

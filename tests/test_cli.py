@@ -171,14 +171,16 @@ def test_inspect_without_a_config(tmp_path):
 
 
 def test_compress_writes_model_and_tokenizer_and_says_what_happened(model, text, tmp_path):
-    output = tmp_path / "out"
-    result = compress(model, LAYER_DROP, output, "--dataset", text, "--num-samples", 4)
+    output, report = tmp_path / "out", tmp_path / "layers.json"
+    reporting = LAYER_DROP.replace("num_drop: 1", f"num_drop: 1, report_path: {report}")
+    result = compress(model, reporting, output, "--dataset", text, "--num-samples", 4)
     assert result.exit_code == 0, result.output
     said = ("LayerDropModifier: 1 of 4 MoE layers", "check: legal", f"vllm serve {output}", "./serving")
     for words in said:
         assert words in result.output, words
     assert support.load(output).config.num_hidden_layers == 4
     assert (output / "tokenizer.json").exists()
+    assert not support.files_that_tell(output, report)
     again = run("inspect", output)
     assert "dropped" in again.output
 

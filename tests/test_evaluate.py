@@ -207,11 +207,16 @@ def test_evaluate_prints_tables_and_writes_json(folder: Path, tmp_path: Path, fo
     options = ["--text", folder / "text.txt", "--length", LENGTH, "--stride", LENGTH, "--ranks", 2]
     result = run("evaluate", *models, *options, "--output", tmp_path / "found.json")
     assert result.exit_code == 0, result.output
-    assert Evaluation.model_validate_json((tmp_path / "found.json").read_text()) == found
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written == found.model_dump(mode="json")
+    assert [written["base"]["path"], *(model["path"] for model in written["compressed"])] == [
+        model.name for model in models
+    ]
+    assert not support.files_that_tell(tmp_path)
     for expected in ("Quality", "Routing against the base", "MoE layer dropped", "Cost", "all-to-all"):
         assert expected in result.output
     as_json = run("evaluate", *models, *options, "--json")
-    assert Evaluation.model_validate(json.loads(as_json.stdout)) == found
+    assert json.loads(as_json.stdout) == written
 
 
 def test_a_broken_limit_is_named_and_ends_with_1(folder: Path) -> None:

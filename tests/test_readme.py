@@ -55,6 +55,10 @@ def test_recipe_of_the_readme_is_the_python_above_it(tmp_path):
         ]
 
 
+def test_nothing_that_is_published_tells_where_it_was_made():
+    assert not support.files_that_tell(*(ROOT / name for name in ("docs", "grids", "recipes", "benchmarks")))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):

@@ -26,6 +26,7 @@ from llmcompressor_moe.evaluation.run import EvaluationSettings, evaluate
 from llmcompressor_moe.sweep.columns import columns_of
 from llmcompressor_moe.sweep.curves import trade_off_curves
 from llmcompressor_moe.sweep.grid import Grid, GridError, Point, load_grid
+from llmcompressor_moe.sweep.page import write_page
 from llmcompressor_moe.sweep.report import SweepReport, pareto_front
 from llmcompressor_moe.sweep.run import SweepError, SweepSettings, run_sweep
 
@@ -223,7 +224,7 @@ def test_a_finished_sweep_is_only_read(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in (folder / "found" / "points").iterdir()}
     monkeypatch.setattr("llmcompressor_moe.sweep.run.recorded", None)
-    assert sweep(folder, folder / "found", keep=True) == found
+    assert sweep(folder, folder / "found", keep=True).model_dump() == found.model_dump()
     assert {path: path.stat().st_mtime_ns for path in (folder / "found" / "points").iterdir()} == before
 
 
@@ -253,7 +254,7 @@ def test_speed_is_measured_where_asked(folder: Path, tmp_path: Path, found: Swee
         "Decode time"
     ) == 1
     assert len(trade_off_curves(found)) == 2
-    assert SweepReport.model_validate_json(timed.model_dump_json()) == timed
+    assert SweepReport.model_validate_json(timed.model_dump_json()).model_dump() == timed.model_dump()
 
 
 _SCRIPT = """
@@ -285,9 +286,15 @@ def test_killed_and_started_again(folder: Path, tmp_path: Path, found: SweepRepo
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (output / "sweep.json").exists()
-    assert sweep(folder, output) == found.model_copy(update={"model": str(folder / "mixtral")})
+    assert sweep(folder, output).model_dump() == found.model_dump()
     assert not list(output.glob("making-*")), "what the killed run left is cleared away"
     assert (output / "sweep.json").read_text() == (folder / "found" / "sweep.json").read_text()
+
+
+def test_no_file_tells_where_it_was_made(folder: Path, found: SweepReport) -> None:
+    write_page(found, folder / "found" / "report.html")
+    assert "mixtral" in (folder / "found" / "report.html").read_text()
+    assert not support.files_that_tell(folder / "found")
 
 
 # What is refused

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from typing_extensions import Self
 
-__all__ = ["DropReport", "ModifierReport", "PlanFileError"]
+__all__ = ["DropReport", "ModifierReport", "PlanFileError", "ShownPath", "shown_path"]
+
+
+def shown_path(path: str | Path | None) -> str | None:
+    """A path as files that may be published show it: as it was given, or the last part of an absolute one, which
+    would tell about the machine that it is on.
+    """
+    if path is None:
+        return None
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+# A model, a text or a file of a report: whole in memory, as `shown_path` gives it where it is written.
+ShownPath = Annotated[str, PlainSerializer(shown_path)]
 
 
 class PlanFileError(ValueError):
@@ -20,7 +33,7 @@ class ModifierReport(BaseModel):
     """What every modifier's report says. Indices are those of the model as it came into the recipe.
 
     :param modifier: class name of the modifier
-    :param base_model: name or path of the model
+    :param base_model: name or path of the model; see `shown_path`
     :param model_type: ``model_type`` of its text config
     :param num_blocks: blocks that the model came with
     :param num_experts: block index -> experts that the model came with
@@ -31,7 +44,7 @@ class ModifierReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     modifier: str
-    base_model: str = ""
+    base_model: ShownPath = ""
     model_type: str = ""
     num_blocks: int = 0
     num_experts: dict[int, int] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from support import load, saved, token_ids, tokenizer, trim
+from support import files_that_tell, load, saved, token_ids, tokenizer, trim
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
@@ -369,6 +369,7 @@ def test_command_writes_a_plain_checkpoint_in_bf16(tmp_path: Path):
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
     assert config["sliding_window"] is None
     assert json.loads((out / "dense.json").read_text())["method"] == "neurons"
+    assert not files_that_tell(out)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == load_tokenizer(DEMO_MODEL).get_vocab()
     with load_trimmed_moe():
         stock(out)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import support
 from typer.testing import CliRunner
 
 from llmcompressor_moe.cli import app
@@ -26,6 +27,7 @@ def test_recovers_and_says_so(models, tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.exit_code == 0, ended.output
     found = RecoveryReport.model_validate_json((tmp_path / "out" / "recovery.json").read_text())
+    assert not support.files_that_tell(tmp_path)
     assert found.settings.weights.used == ("logits_kl", "router_kl")
     assert found.settings.train == ("router", "lora")
     assert found.settings.lora.rank == 2

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
+from llmcompressor_moe.report import ShownPath
+
 __all__ = [
     "AttentionCost",
     "DecodeBytes",
@@ -137,7 +139,7 @@ class ModelCost(BaseModel):
     :param notes: what the numbers leave out in this architecture
     """
 
-    path: str
+    path: ShownPath
     nbytes: int
     header_nbytes: int
     parameters: int

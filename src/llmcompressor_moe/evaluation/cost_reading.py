@@ -60,7 +60,7 @@ def model_cost(
     ]
     counted = {part.part: part for part in inspection.parts}
     cost = ModelCost(
-        path=str(layout.path),
+        path=str(path),
         nbytes=layout.nbytes,
         header_nbytes=sum((layout.path / file).stat().st_size for file in layout.files) - layout.nbytes,
         parameters=inspection.parameters,

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompressor_moe.evaluation.cost import ModelCost
+from llmcompressor_moe.report import ShownPath
 
 __all__ = ["Engine", "Latency", "Quartiles", "SpeedComparison", "SpeedSettings", "compare_latencies"]
 
@@ -76,7 +77,7 @@ class Latency(BaseModel):
     """
 
     engine: Engine
-    path: str
+    path: ShownPath
     device: str
     batch: int
     prompt_length: int

@@ -13,6 +13,7 @@ from llmcompressor_moe.evaluation.routing import RoutingComparison
 from llmcompressor_moe.evaluation.tasks import TaskScore
 from llmcompressor_moe.evaluation.text import TextQuality
 from llmcompressor_moe.limits import BrokenLimit, Limits
+from llmcompressor_moe.report import ShownPath
 
 __all__ = ["BaseEvaluation", "CompressedEvaluation", "Evaluation"]
 
@@ -27,7 +28,7 @@ class BaseEvaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str
+    path: ShownPath
     text: TextQuality
     cost: ModelCost
     tasks: list[TaskScore] = []
@@ -61,7 +62,7 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    source: str
+    source: ShownPath
     base: BaseEvaluation
     compressed: list[CompressedEvaluation]
     limits: Limits = Limits()

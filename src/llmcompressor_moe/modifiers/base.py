@@ -15,7 +15,7 @@ from pydantic import PrivateAttr, model_validator
 
 from llmcompressor_moe.modifiers.composition import join_recipe
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
-from llmcompressor_moe.report import ModifierReport
+from llmcompressor_moe.report import ModifierReport, ShownPath
 from llmcompressor_moe.saving.finish import finish
 from llmcompressor_moe.saving.save import remember_earlier_reports
 from llmcompressor_moe.surgery.session import TrimSession
@@ -48,8 +48,8 @@ class MoEModifier(Modifier):
     :param seed: seed of random baselines
     """
 
-    report_path: str | None = None
-    plan_path: str | None = None
+    report_path: ShownPath | None = None
+    plan_path: ShownPath | None = None
     seed: int = 0
 
     _session: TrimSession | None = PrivateAttr(default=None)

@@ -14,7 +14,7 @@ from llmcompressor_moe.evaluation.sources import evaluation_texts
 from llmcompressor_moe.limits import AtMost, Limits, Share, broken_limits
 from llmcompressor_moe.loading import load_tokenizer
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_after
-from llmcompressor_moe.report import DropReport
+from llmcompressor_moe.report import DropReport, ShownPath
 from llmcompressor_moe.saving.save import keep_apart
 
 __all__ = ["QualityGateModifier"]
@@ -44,7 +44,7 @@ class QualityGateModifier(MoEModifier):
     :param batch_size: windows per forward pass
     """
 
-    text: str
+    text: ShownPath
     max_tokens: int = Field(default=16384, ge=2)
     length: int | None = Field(default=None, ge=1)
     stride: int | None = Field(default=None, ge=1)

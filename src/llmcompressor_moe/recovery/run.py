@@ -46,6 +46,7 @@ from llmcompressor_moe.recovery.trainer import (
     read_progress,
     training_arguments,
 )
+from llmcompressor_moe.report import ShownPath
 
 __all__ = ["RecoveryReport", "recover"]
 
@@ -72,9 +73,9 @@ class RecoveryReport(BaseModel):
     :param log: everything that was logged
     """
 
-    student: str
-    teacher: str | None
-    output: str
+    student: ShownPath
+    teacher: ShownPath | None
+    output: ShownPath
     settings: RecoverySettings
     ranks: int
     trained_parameters: int

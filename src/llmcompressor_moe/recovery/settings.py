@@ -12,6 +12,7 @@ from llmcompressor_moe.loading import DTYPES
 from llmcompressor_moe.recovery.lora import LoraSettings
 from llmcompressor_moe.recovery.parameters import check_sets
 from llmcompressor_moe.recovery.weights import LossWeights
+from llmcompressor_moe.report import ShownPath
 
 __all__ = ["LORA", "RecoverySettings"]
 
@@ -62,8 +63,8 @@ class RecoverySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = "demo"
-    heldout: str | None = None
+    data: ShownPath = "demo"
+    heldout: ShownPath | None = None
     heldout_share: float = Field(0.1, gt=0, lt=1)
     max_heldout_tokens: int = Field(32768, ge=1)
     length: int = Field(512, ge=2)

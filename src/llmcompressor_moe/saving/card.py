@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from llmcompressor_moe.report import ModifierReport
+from llmcompressor_moe.report import ModifierReport, shown_path
 from llmcompressor_moe.surgery.config import per_layer_overrides
 
 __all__ = ["write_model_card"]
@@ -31,11 +31,11 @@ def write_model_card(
     :param mtp: what became of multi-token-prediction layers
     :param research: vLLM cannot serve this checkpoint, and its user asked for it nevertheless
     """
-    base = history[0].base_model if history else ""
+    base = shown_path(history[0].base_model) if history else ""
     uniform = not per_layer_overrides(config)
     name = Path(base).name or "a Mixture-of-Experts model"
     lines = ["---"]
-    if base and not Path(base).is_absolute():
+    if "/" in base:
         lines += [f"base_model: {base}"]
     lines += [
         "library_name: transformers",
@@ -46,9 +46,13 @@ def write_model_card(
         "---",
         "",
     ]
-    origin = Path(base).name if Path(base).is_absolute() else base or name
     lines += [f"# {name}, compressed", ""]
-    lines += [f"Made from `{origin}` with llm-compressor and llmcompressor-moe.", "", "## What was done", ""]
+    lines += [
+        f"Made from `{base or name}` with llm-compressor and llmcompressor-moe.",
+        "",
+        "## What was done",
+        "",
+    ]
     lines += [f"- {report.describe()}" for report in history]
     lines += [f"- {mtp}"] if mtp else []
     lines += [

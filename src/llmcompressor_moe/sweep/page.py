@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from llmcompressor_moe.checkpoint.files import write_text
+from llmcompressor_moe.report import shown_path
 from llmcompressor_moe.sizes import bytes_text, share_text
 from llmcompressor_moe.sweep.columns import columns_of, increase, number_text, signed_share_text
 from llmcompressor_moe.sweep.curves import KINDS, Curve, kind_of, label_of, trade_off_curves
@@ -82,6 +83,7 @@ def render_page(report: SweepReport) -> str:
     base = base_shares(report)
     return environment.from_string(_resource("page.html.j2")).render(
         report=report,
+        shown_path=shown_path,
         model_name=Path(report.model).name or report.model,
         style=Markup(_resource("page.css")),
         script=Markup(script),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from llmcompressor_moe.evaluation.latency import SpeedComparison
 from llmcompressor_moe.evaluation.report import BaseEvaluation, CompressedEvaluation
 from llmcompressor_moe.evidence import Evidence
+from llmcompressor_moe.report import ShownPath
 from llmcompressor_moe.sweep.choice import Drops
 from llmcompressor_moe.sweep.grid import Grid, Point
 
@@ -55,10 +56,10 @@ class SweepReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: ShownPath
     grid: Grid
     evidence: Evidence
-    source: str
+    source: ShownPath
     base: BaseEvaluation
     points: list[PointResult]
 

@@ -34,6 +34,7 @@ from llmcompressor_moe.evidence.gather import (
     model_shape,
 )
 from llmcompressor_moe.quantization.schemes import Candidate, resolve_schemes
+from llmcompressor_moe.report import shown_path
 from llmcompressor_moe.sweep.choice import Choice, choose, require_possible
 from llmcompressor_moe.sweep.grid import Grid, Point
 from llmcompressor_moe.sweep.report import PointResult, SweepReport
@@ -165,7 +166,7 @@ def _same_sweep(model: str | Path, grid: Grid, settings: SweepSettings, output: 
         "text in dataset": _digest(settings.dataset),
         "text in evaluation.source": _digest(settings.evaluation.source),
     }
-    said = json.loads(json.dumps(said, default=str))
+    said = json.loads(json.dumps({name: _said(value) for name, value in said.items()}, default=str))
     path = output / "settings.json"
     if not path.exists():
         found = [name for name in ("points", "base.json", "evidence.json") if (output / name).exists()]
@@ -183,6 +184,13 @@ def _same_sweep(model: str | Path, grid: Grid, settings: SweepSettings, output: 
             f"output {str(output)!r} holds a sweep of another model or with other settings: "
             f"{', '.join(differing)} differ. Give the same, or another output."
         )
+
+
+def _said(value: Any) -> Any:
+    """A setting as it is compared with; two absolute paths may end alike."""
+    if not isinstance(value, str | Path) or not Path(value).is_absolute():
+        return value
+    return f"{shown_path(value)} ({hashlib.sha256(str(value).encode()).hexdigest()[:16]})"
 
 
 def _settings(path: Path) -> dict[str, Any]:

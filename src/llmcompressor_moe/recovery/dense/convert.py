@@ -43,6 +43,7 @@ from llmcompressor_moe.recovery.dense.parts import (
 from llmcompressor_moe.recovery.dense.siblings import Sibling, find_sibling, sibling_of
 from llmcompressor_moe.recovery.dense.usage import LayerUsage, collect_usage, fit_outputs
 from llmcompressor_moe.recovery.dense.writing import DENSE_FILE, write_dense
+from llmcompressor_moe.report import ShownPath
 from llmcompressor_moe.saving.save import HISTORY_FILE
 from llmcompressor_moe.topology import Block, Topology, expert_modules, find_topology
 
@@ -63,8 +64,8 @@ class DenseSummary(BaseModel):
     :param seconds: wall-clock time of everything
     """
 
-    model: str
-    output: str
+    model: ShownPath
+    output: ShownPath
     model_type: str
     sibling: str
     method: Method
