@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import WeightTransform
@@ -16,7 +18,7 @@ def own_conversions(model_type: str) -> list[WeightTransform] | None:
 
     The public getter returns what was registered last.
     """
-    return conversion_mapping._build_checkpoint_conversion_mapping().get(model_type)
+    return copy.deepcopy(_own_table().get(model_type))
 
 
 @contextlib.contextmanager
@@ -26,13 +28,17 @@ def own_mappings() -> Iterator[None]:
     llm-compressor's ``load_quantizable_moe`` registers its own for good, and nothing unregisters them.
     """
     current = conversion_mapping._checkpoint_conversion_mapping_cache
-    conversion_mapping._checkpoint_conversion_mapping_cache = (
-        current or {}
-    ) | conversion_mapping._build_checkpoint_conversion_mapping()
+    conversion_mapping._checkpoint_conversion_mapping_cache = (current or {}) | _own_table()
     try:
         yield
     finally:
         conversion_mapping._checkpoint_conversion_mapping_cache = current
+
+
+@functools.cache
+def _own_table() -> Mapping[str, list[WeightTransform]]:
+    """All families' conversions. Making them compiles some 700 patterns; transformers hands out copies only."""
+    return conversion_mapping._build_checkpoint_conversion_mapping()
 
 
 def save_by(model: PreTrainedModel, conversions: list[WeightTransform]) -> None:
