@@ -104,7 +104,13 @@ EXTRA_PARTS: dict[str, dict[str, Any]] = {
         "output_channels": 32,
         "scale": 32,
     },
+    "inkling_audio": {"mel_vocab_size": 16, "n_mel_bins": 8},
+    "inkling_vision": {"n_layers": 4, "patch_size": 8},
+    "llama4_vision_model": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
 }
+
+# Text model that goes into wrappers for any text model: model_type of the wrapper -> of the text model.
+WRAPPED = {"llava": "mixtral"}
 
 # Experts that are not in a causal language model: modeling package -> reason.
 UNBUILDABLE: dict[str, str] = {
@@ -179,6 +185,19 @@ def unbuildable() -> dict[str, str]:
 def buildable() -> list[str]:
     """Model types that `build` accepts."""
     return [family.model_type for family in families() if family.model_type not in UNBUILDABLE]
+
+
+def multimodal() -> list[str]:
+    """Model types with a vision or audio tower beside an MoE text model; `build` accepts them."""
+    packages = {family.modeling.split(".")[2] for family in families()}
+    return [
+        name
+        for name, config_class in CONFIG_MAPPING.items()
+        if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and name not in UNBUILDABLE
+        and "text_config" in config_class.sub_configs
+        and (model_type_to_module_name(name) in packages or name in WRAPPED)
+    ]
 
 
 def _tiny_values(default: PretrainedConfig, num_layers: int, num_experts: int, top_k: int) -> dict[str, Any]:
@@ -335,12 +354,15 @@ def tiny_config(
         return config_class(**_text_values(config_class, num_layers, num_experts, top_k, overrides))
     default = config_class()
     values = {
-        name: _tiny_part(getattr(default, name))
-        for name in config_class.sub_configs
-        if getattr(default, name, None) is not None
+        name: _tiny_part(getattr(default, name, None) or part_class())
+        for name, part_class in config_class.sub_configs.items()
+        if name != "text_config"
     }
-    text_class = type(default.get_text_config())
+    wrapped = WRAPPED.get(model_type)
+    text_class = CONFIG_MAPPING[wrapped] if wrapped else type(default.get_text_config())
     values["text_config"] = _text_values(text_class, num_layers, num_experts, top_k, overrides)
+    if wrapped:
+        values["text_config"]["model_type"] = wrapped
     # the marker tokens of images and sounds, from the top of the vocabulary
     markers = [name for name, value in default.to_dict().items() if name.endswith("token_id") and value]
     values |= {name: VOCAB - 1 - i for i, name in enumerate(markers)}
@@ -385,7 +407,7 @@ def build(
     if model_type in UNBUILDABLE:
         raise ValueError(f"{model_type} cannot be built tiny: {UNBUILDABLE[model_type]}")
     config = tiny_config(model_type, num_layers, num_experts, top_k, **overrides)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = "text_config" not in config.sub_configs and type(config) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     _randomize(model, seed)

@@ -78,9 +78,11 @@ class OpenedCheckpoint:
         for stored, targets in self.paths.items():
             for target in targets:
                 ours, theirs = target.split("."), stored.split(".")
-                if len(ours) == len(theirs):
-                    for depth in range(1, len(ours)):
-                        found.setdefault(".".join(ours[:depth]), ".".join(theirs[:depth]))
+                for depth in range(1, len(ours)):
+                    # Names differ in words, or in how many words stand before what is alike.
+                    alike = len(ours) == len(theirs) or ours[depth:] == theirs[depth - len(ours) :]
+                    if alike and len(theirs) > len(ours) - depth:
+                        found.setdefault(".".join(ours[:depth]), ".".join(theirs[: depth - len(ours)]))
         return found
 
     @property

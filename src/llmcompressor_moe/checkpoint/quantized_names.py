@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["cover_quantized_modules", "patterns_for"]
+from llmcompressor_moe.topology import find_topology
 
-_PLACE = re.compile(r"^.*?\blayers\.(?P<layer>\d+)\.(?P<inside>.+)$")
+__all__ = ["cover_quantized_modules", "patterns_for", "stack_pattern"]
+
+# vLLM's words above the stack of blocks, whatever a family calls it.
+_READERS_WORDS = {"model", "language_model"}
 _EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)(?P<after>\..+)")
 
 
@@ -49,52 +52,74 @@ def cover_quantized_modules(
     by_class_alone = len(groups) == 1 and groups[0].get("targets") == ["Linear"]
     if by_class_alone or len(groups) != len(schemes):
         return
+    stacks = spellings(find_topology(model).stack)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     everything = [spelling for name in linears for spelling in spellings(name)]
     for group, quantized in zip(groups, members, strict=True):
         spelled = [spelling for name in quantized for spelling in spellings(name)]
-        targets = patterns_for(spelled, everything)
+        targets = patterns_for(spelled, everything, stacks)
         expressions = [
             re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")
         ]
-        others = set(linears) - set(quantized)
+        others = set(everything) - set(spelled)
         if any(expression.match(name) for expression in expressions for name in others):
             targets = spelled
         group["targets"] = targets
 
 
-def patterns_for(names: Iterable[str], among: Iterable[str]) -> list[str]:
+def patterns_for(names: Iterable[str], among: Iterable[str], stacks: Collection[str]) -> list[str]:
     """Few patterns that match these module names and no others.
 
     Names that differ only in the block and the expert share a pattern that lists the blocks. A block of which
     all experts are meant is written with any expert number; any other gets a pattern that lists its experts.
+    Names outside of the stack of blocks, those of a vision or audio tower among them, are written out: towers
+    have layers of the same names.
 
     :param names: names of Linears
     :param among: names of all Linears that there are, ``names`` among them
+    :param stacks: path of the stack of blocks, in every naming
     """
-    plain, places = _places(names)
-    _, existing = _places(among)
+    plain, places = _places(names, stacks)
+    _, existing = _places(among, stacks)
+    stack = stack_pattern(stacks)
     patterns = []
     for inside, layers in places.items():
         partly = [layer for layer, experts in layers.items() if experts != existing[inside][layer]]
         for layer in sorted(partly):
             chosen = "|".join(str(expert) for expert in sorted(layers.pop(layer)))
             path = re.escape(inside).replace(r"\*", f"(?:{chosen})")
-            patterns.append(rf"re:.*\blayers\.{layer}\.{path}$")
+            patterns.append(rf"re:{stack}\.{layer}\.{path}$")
         if not layers:
             continue
         listed = "|".join(str(layer) for layer in sorted(layers))
         path = re.escape(inside).replace(r"\*", r"\d+")
-        patterns.append(rf"re:.*\blayers\.(?:{listed})\.{path}$")
+        patterns.append(rf"re:{stack}\.(?:{listed})\.{path}$")
     return [*dict.fromkeys(plain), *patterns]
 
 
-def _places(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, set[int]]]]:
-    """Names outside of blocks, and path inside a block (``*`` for the expert) -> block -> experts (-1: none)."""
+def stack_pattern(stacks: Collection[str]) -> str:
+    """A regular expression for the path of the stack of blocks, to match from the start of a name.
+
+    It fits every naming, that of vLLM included, which puts the same words in another order
+    (``model.language_model.layers`` and ``language_model.model.layers``), and no vision or audio tower.
+
+    :param stacks: the path in every naming that is known
+    """
+    words = {word for stack in stacks for word in stack.split(".")[:-1]} | _READERS_WORDS
+    lists = {stack.rpartition(".")[2] for stack in stacks}
+    above, name = ("|".join(map(re.escape, sorted(some))) for some in (words, lists))
+    return rf"(?:(?:{above})\.)*" + (name if len(lists) == 1 else f"(?:{name})")
+
+
+def _places(
+    names: Iterable[str], stacks: Collection[str]
+) -> tuple[list[str], dict[str, dict[int, set[int]]]]:
+    """Names outside of the blocks, and path inside a block (``*`` for the expert) -> block -> experts (-1: none)."""
     plain: list[str] = []
     places: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    place_of = re.compile(rf"(?:{'|'.join(map(re.escape, stacks))})\.(?P<layer>\d+)\.(?P<inside>.+)")
     for name in names:
-        place = _PLACE.match(name)
+        place = place_of.fullmatch(name)
         if place is None:
             plain.append(name)
             continue

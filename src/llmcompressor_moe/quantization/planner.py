@@ -213,15 +213,16 @@ class Planner:
         linears = [
             name for name, module in self.session.model.named_modules() if isinstance(module, nn.Linear)
         ]
+        stacks = [self.session.topology.stack]
         groups = {
             # Prefixed: a recipe may name its scheme like a field.
-            f"schemes.{name}": schemes[name].for_targets(patterns_for(paths, linears))
+            f"schemes.{name}": schemes[name].for_targets(patterns_for(paths, linears, stacks))
             for name, paths in members.items()
             if schemes[name].scheme is not None
         }
         for field_name, (candidate, covered) in self.fixed.items():
             if covered:
-                groups[field_name] = candidate.for_targets(patterns_for(covered, linears))
+                groups[field_name] = candidate.for_targets(patterns_for(covered, linears, stacks))
         return groups
 
     def budget(self) -> Budget:

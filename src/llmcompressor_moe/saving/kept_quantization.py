@@ -5,14 +5,14 @@ have now.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from compressed_tensors.utils import match_name
 from torch import nn
 
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, opened_module
-from llmcompressor_moe.checkpoint.quantized_names import patterns_for
+from llmcompressor_moe.checkpoint.quantized_names import patterns_for, stack_pattern
 from llmcompressor_moe.saving.leftovers import block_numbers
 from llmcompressor_moe.saving.tensors import moved_name
 
@@ -22,7 +22,6 @@ _FIELD = "quantization_config"
 # Lists of module names or patterns, by quantization method.
 _LISTS = ("ignore", "modules_to_not_convert", "ignored_layers")
 _MOST_MTP_LAYERS = 64
-_BLOCK = re.compile(r"(?<=\blayers\.)\d+(?=\.|$)")
 
 
 def describe_stored_quantization(config: dict[str, Any], model: nn.Module, opened: OpenedCheckpoint) -> None:
@@ -47,11 +46,12 @@ def describe_stored_quantization(config: dict[str, Any], model: nn.Module, opene
             | left
             | {index: index + len(left) - opened.num_blocks for index in after}
         )
+        stacks = {opened.stack, opened.stored_stack}
         for name in _LISTS:
             if fields.get(name):
-                fields[name] = _moved(fields[name], moves, blocks)
+                fields[name] = _moved(fields[name], moves, blocks, stacks)
         for group in (fields.get("config_groups") or {}).values():
-            group["targets"] = _moved(group["targets"], moves, blocks)
+            group["targets"] = _moved(group["targets"], moves, blocks, stacks)
 
 
 def _moves(model: nn.Module, opened: OpenedCheckpoint) -> dict[str, str | None]:
@@ -69,29 +69,33 @@ def _moves(model: nn.Module, opened: OpenedCheckpoint) -> dict[str, str | None]:
 
 
 def _moved(
-    entries: list[str], moves: Mapping[str, str | None], blocks: Mapping[int, int | None]
+    entries: list[str],
+    moves: Mapping[str, str | None],
+    blocks: Mapping[int, int | None],
+    stacks: Collection[str],
 ) -> list[str]:
     found: list[str] = []
+    in_block = re.compile(rf"({stack_pattern(stacks)}\.)(\d+)(\..+)?")
     for entry in entries:
         if entry.startswith("re:"):
-            found += _moved_pattern(entry, moves)
+            found += _moved_pattern(entry, moves, stacks)
         elif entry in moves:
             found += [moves[entry]] if moves[entry] is not None else []
         else:
-            place = _BLOCK.search(entry)
-            block = blocks.get(int(place[0]), place[0]) if place else None
+            place = in_block.fullmatch(entry)
+            block = blocks.get(int(place[2]), place[2]) if place else None
             if place is None:
                 found.append(entry)
             elif block is not None:
-                found.append(f"{entry[: place.start()]}{block}{entry[place.end() :]}")
+                found.append(f"{place[1]}{block}{place[3] or ''}")
     return list(dict.fromkeys(found))
 
 
-def _moved_pattern(entry: str, moves: Mapping[str, str | None]) -> list[str]:
+def _moved_pattern(entry: str, moves: Mapping[str, str | None], stacks: Collection[str]) -> list[str]:
     """A pattern that matches the modules that this one matched; itself where it still does."""
     before = {moves[name] for name in moves if match_name(name, entry)} - {None}
     after = {name for name in moves.values() if name is not None and match_name(name, entry)}
     if before == after:
         return [entry]
     everything = [name for name in moves.values() if name is not None]
-    return patterns_for(sorted(before), everything)
+    return patterns_for(sorted(before), everything, stacks)

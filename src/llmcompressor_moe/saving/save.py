@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.config_file import write_config_changes
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
 from llmcompressor_moe.checkpoint.opened import opened_from
+from llmcompressor_moe.checkpoint.quantized_names import stack_pattern
 from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.limits import BrokenLimit, LimitsBrokenError
 from llmcompressor_moe.saving.card import write_model_card
@@ -23,7 +25,7 @@ from llmcompressor_moe.saving.tensors import stored_module_names
 from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.repack import has_quantized_experts
-from llmcompressor_moe.topology import text_config
+from llmcompressor_moe.topology import find_topology, text_config
 
 __all__ = [
     "HISTORY_FILE",
@@ -140,8 +142,15 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
 def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], list[str]]:
     """Give tensors the names of their family; return a function from a module's path to all names it goes by."""
     names = expert_names(text_config(model.config).model_type)
-    known = names.spellings if names else lambda path: [path]
+    stack = find_topology(model).stack
     opened = opened_from(model)
+    stacks = {stack} if opened is None else {stack, opened.stored_stack}
+    in_block = re.compile(rf"{stack_pattern(stacks)}\.")
+
+    def known(path: str) -> list[str]:
+        # Towers have modules of the same names, which families rename in their text model only.
+        return names.spellings(path) if names and in_block.match(path) else [path]
+
     if opened is not None:
         stored = functools.cache(lambda: stored_module_names(model, opened))
         return lambda path: list(dict.fromkeys([*known(path), stored().get(path, path)]))
