@@ -407,11 +407,23 @@ def build(
     if model_type in UNBUILDABLE:
         raise ValueError(f"{model_type} cannot be built tiny: {UNBUILDABLE[model_type]}")
     config = tiny_config(model_type, num_layers, num_experts, top_k, **overrides)
-    causal = "text_config" not in config.sub_configs and type(config) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = _auto(config).from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     _randomize(model, seed)
     return model
+
+
+def on_meta(model_type: str) -> PreTrainedModel:
+    """What `build` gives, on the meta device: names and shapes."""
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        return _auto(config).from_config(config)
+
+
+def _auto(config: PretrainedConfig) -> type:
+    text_only = (
+        "text_config" not in config.sub_configs and type(config) in AutoModelForCausalLM._model_mapping
+    )
+    return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
 
 def experts_classes(family: Family) -> tuple[type[torch.nn.Module], ...]:

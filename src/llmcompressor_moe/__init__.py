@@ -10,6 +10,7 @@ from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.compat.compressed_tensors import scale_each_token
 from llmcompressor_moe.compat.llmcompressor.linear_experts import register_linearizations
 from llmcompressor_moe.compat.llmcompressor.validation import accept_decoded_models
+from llmcompressor_moe.compat.transformers.models import complete_configs
 from llmcompressor_moe.modifiers import (
     BlockDropModifier,
     ExpertDropModifier,
@@ -35,6 +36,7 @@ __all__ = [
 
 register_linearizations()
 scale_each_token()
+complete_configs()
 accept_decoded_models(is_opened)
 for _modifier in (
     BlockDropModifier,

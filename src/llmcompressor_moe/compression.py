@@ -31,6 +31,8 @@ from llmcompressor_moe.inspection import ModelInspection, inspect_model
 from llmcompressor_moe.limits import LimitsBrokenError
 from llmcompressor_moe.loading import DTYPES, load_tokenizer
 from llmcompressor_moe.modifiers import QualityGateModifier, RouterCalibrationModifier
+from llmcompressor_moe.modifiers.base import MoEModifier
+from llmcompressor_moe.modifiers.composition import check_recipe
 from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.profile.computing import fast_dtype
 from llmcompressor_moe.profile.options import run_options
@@ -232,6 +234,9 @@ def compress(
 
             step("Opening the model")
             loaded = open_moe(model, dtype=dtype, requantize=requantize, scratch=work.scratch)
+            if not any(isinstance(modifier, MoEModifier) for modifier in parsed.modifiers):
+                # Ours ask themselves.
+                check_recipe(parsed.modifiers, loaded)
             step(
                 "Applying the recipe: " + ", ".join(type(modifier).__name__ for modifier in parsed.modifiers)
             )

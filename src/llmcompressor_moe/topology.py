@@ -24,6 +24,7 @@ __all__ = [
     "expert_count_attributes",
     "expert_modules",
     "find_topology",
+    "find_towers",
     "text_config",
 ]
 
@@ -156,6 +157,21 @@ def find_topology(model: PreTrainedModel) -> Topology:
         for index, _ in model.get_submodule(stack).named_children()
     )
     return Topology(model_type=config.model_type, stack=stack, blocks=blocks)
+
+
+def find_towers(model: PreTrainedModel, topology: Topology) -> list[str]:
+    """Paths of what stands beside the text model: vision and audio towers, and their projectors.
+
+    :param topology: of the same model
+    """
+    above = topology.stack.split(".")[:-1]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        ".".join([*above[:depth], name])
+        for depth, own in enumerate(above)
+        for name, child in model.get_submodule(".".join(above[:depth])).named_children()
+        if name != own and all(child is not end for end in ends) and any(True for _ in child.parameters())
+    ]
 
 
 def _place_in_stack(model: nn.Module, path: str) -> tuple[str, int] | None:

@@ -13,6 +13,7 @@ from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.check.schemes import FIELD, QPARAM, Schemes
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, read_small
 from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.topology import find_towers
 
 # Projections that vLLM runs as one matrix.
 _RUN_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -123,6 +124,35 @@ def check_routers(
                 way_out,
             )
     layers.report()
+
+
+def check_towers(expected: ExpectedModel, demand: Demand, schemes: Schemes, findings: Findings) -> None:
+    """Quantized weights beside the text model: in a vision or audio tower, or a projector."""
+    if expected.topology is None:
+        return
+    decoder = f"{expected.topology.stack.rpartition('.')[0]}."
+    text = [site.name for site in expected.sites.values() if site.runtime.startswith(decoder)]
+    for tower in find_towers(expected.model, expected.topology):
+        inside = [
+            site.name
+            for site in expected.sites.values()
+            if f"{site.runtime}.".startswith(f"{tower}.") and site.name in demand.quantized
+        ]
+        if not inside:
+            continue
+        shared = schemes.patterns_for_both(inside, text)
+        if not all(schemes.targets.matches(name) for name in inside):
+            how = "its targets name a class of modules"
+        elif shared:
+            how = f"its target {shared[0]!r} names layers of the text model as well"
+        else:
+            how = "its targets name them"
+        findings.warning(
+            "quant-tower",
+            tower,
+            f"{len(inside)} modules beside the text model are quantized, {inside[0]} for one: {how}",
+            "if that was not intended, quantize again with them in ignore",
+        )
 
 
 def _tail(name: str) -> str:

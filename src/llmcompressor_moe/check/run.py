@@ -129,6 +129,7 @@ def _check_model(
     experts.check_routing(expected, findings)
     if schemes is not None:
         quantization.check_routers(expected, schemes, layout, findings)
+        quantization.check_towers(expected, demand, schemes, findings)
         quantization.check_moe_layers(expected, demand, schemes, findings)
         quantization.check_family(config.text.model_type, demand, findings)
         quantization.check_run_as_one(expected, demand, schemes, findings)

@@ -1,6 +1,7 @@
 """Reads `quantization_config` and answers which scheme a module gets, the way its readers match names."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -80,6 +81,14 @@ class Schemes:
         """Whether several groups with different schemes name the module, so that readers may disagree."""
         found = {repr(self.schemes[g]) for g in self.targets.matches(name)}
         return len(found) > 1 and not self.ignore.matches(name)
+
+    def patterns_for_both(self, some: Collection[str], others: Collection[str]) -> list[str]:
+        """Targets that match modules of both kinds."""
+        return [
+            f"re:{pattern.pattern}"
+            for pattern, _ in self.targets.patterns
+            if any(map(pattern.match, some)) and any(map(pattern.match, others))
+        ]
 
     def format_of(self, group: int) -> CompressionFormat:
         """Storage format of a group."""

@@ -114,7 +114,7 @@ def stack_pattern(stacks: Collection[str]) -> str:
 def _places(
     names: Iterable[str], stacks: Collection[str]
 ) -> tuple[list[str], dict[str, dict[int, set[int]]]]:
-    """Names outside of the blocks, and path inside a block (``*`` for the expert) -> block -> experts (-1: none)."""
+    """Names outside of the blocks, and path in a block (``*`` for the expert) -> block -> experts (-1: none)."""
     plain: list[str] = []
     places: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     place_of = re.compile(rf"(?:{'|'.join(map(re.escape, stacks))})\.(?P<layer>\d+)\.(?P<inside>.+)")

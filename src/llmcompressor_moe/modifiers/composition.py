@@ -1,15 +1,21 @@
-"""What our modifiers need of the others in their recipe: asked before anything runs."""
+"""What our modifiers, and every checkpoint of an MoE model, need of the others in a recipe: asked before anything
+runs.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
+from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from loguru import logger
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.compat.llmcompressor.autoround import tune_with_hooks_off
@@ -21,7 +27,8 @@ from llmcompressor_moe.compat.llmcompressor.mappings import (
 )
 from llmcompressor_moe.compat.llmcompressor.pinning import pin_only_with_an_accelerator
 from llmcompressor_moe.compat.llmcompressor.wrong_mappings import wrong_mappings
-from llmcompressor_moe.topology import text_config
+from llmcompressor_moe.quantization.refusals import quantized_linears
+from llmcompressor_moe.topology import Topology, find_topology, find_towers, text_config
 
 __all__ = ["check_recipe", "join_recipe"]
 
@@ -53,12 +60,19 @@ def join_recipe(modifiers: Sequence[Modifier], state: State) -> None:
 
 
 def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
-    """Refuse what cannot work beside our modifiers.
+    """Refuse what cannot work on an MoE model; warn of quantized vision and audio towers.
 
     :param modifiers: all modifiers of the recipe
+    :param model: on any device (meta as well), linearized or not
     :raises ValueError: AutoRound on a model that is not in bfloat16; AWQ or SmoothQuant with llm-compressor's
-        own mappings where those change what the model computes
+        own mappings where those change what the model computes; a modifier of llm-compressor that quantizes or
+        prunes routers or the gates of shared experts
     """
+    topology = find_topology(model)
+    for modifier in modifiers:
+        reached = _targeted_linears(modifier, model)
+        _check_routers(modifier, reached, model, topology)
+        _warn_of_towers(modifier, reached, model, topology)
     model_type = text_config(model.config).model_type
     for modifier in modifiers:
         if type(modifier).__name__ == _AUTO_ROUND and model.dtype != torch.bfloat16:
@@ -75,6 +89,54 @@ def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
                 f"{name} with llm-compressor's own mappings changes what a {model_type!r} model computes: "
                 f"{reason}. Give {name} `mappings` that name every layer that reads the smoothed one."
             )
+
+
+def _check_routers(
+    modifier: Modifier, reached: Sequence[str], model: PreTrainedModel, topology: Topology
+) -> None:
+    moes = topology.moe_layers.values()
+    routers = tuple(f"{moe.router}." for moe in moes if moe.router)
+    holders = {moe.module for moe in moes if not moe.inline}
+    wrong = [
+        name
+        for name in reached
+        if f"{name}.".startswith(routers)
+        or (name.rpartition(".")[0] in holders and model.get_submodule(name).out_features == 1)
+    ]
+    if wrong:
+        tails = dict.fromkeys(re.escape(".".join(name.split(".")[-2:])) for name in wrong)
+        # Pruning modifiers of llm-compressor look names up with a dot at the end.
+        entries = ", ".join(rf"'re:.*{tail}\.?$'" for tail in tails)
+        raise ValueError(
+            f"{type(modifier).__name__} targets {len(wrong)} routers or gates of shared experts, {wrong[0]!r} for "
+            "one. Readers run them in 16 bit, and their errors send tokens to other experts. Add to its ignore: "
+            f"{entries}."
+        )
+
+
+def _warn_of_towers(
+    modifier: Modifier, reached: Sequence[str], model: PreTrainedModel, topology: Topology
+) -> None:
+    for tower in find_towers(model, topology):
+        inside = sum(f"{name}.".startswith(f"{tower}.") for name in reached)
+        if inside:
+            logger.warning(
+                f"{type(modifier).__name__} targets {inside} Linears of {tower!r}, which stands beside the text "
+                f"model. To leave them as they are, add 're:{re.escape(tower)}.*' to its ignore."
+            )
+
+
+def _targeted_linears(modifier: Modifier, model: PreTrainedModel) -> list[str]:
+    """Paths of the Linears that one of llm-compressor's modifiers quantizes or prunes."""
+    if not isinstance(modifier, SparsityModifierBase):
+        return quantized_linears(modifier, model)
+    targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets
+    return [
+        f"{name}.{inside}".removesuffix(".")
+        for name, module in match_named_modules(model, targets)
+        for inside, linear in module.named_modules()
+        if isinstance(linear, nn.Linear) and not match_targets(f"{name}.{inside}", linear, modifier.ignore)
+    ]
 
 
 def _mappings_are_upstreams(modifier: AWQModifier | SmoothQuantModifier, model: PreTrainedModel) -> bool:

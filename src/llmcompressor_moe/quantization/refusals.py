@@ -21,7 +21,7 @@ from llmcompressor_moe.quantization.schemes import (
     why_vllm_cannot_serve,
 )
 
-__all__ = ["check_not_quantized", "check_others", "check_servable", "check_shapes"]
+__all__ = ["check_not_quantized", "check_others", "check_servable", "check_shapes", "quantized_linears"]
 
 
 def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
@@ -80,20 +80,30 @@ def check_others(
             raise ValueError(
                 f"{kind} of the same recipe quantizes the KV cache as well; keep one kv_cache_scheme."
             )
-        targets = {
-            target
-            for scheme in other.resolved_config.config_groups.values()
-            if _rounds(scheme)
-            for target in scheme.targets
-        }
-        matched = match_named_modules(model, targets, other.ignore)
-        shared = next((name for name, _ in matched if name in wanted), None)
+        shared = next((name for name in quantized_linears(other, model) if name in wanted), None)
         if shared is not None:
             raise ValueError(
                 f"{kind} of the same recipe quantizes {shared!r} as well; let only one of them target it: add "
                 "the experts to its ignore ('re:.*experts.*'), or remove it and use attention_scheme and "
                 "dense_scheme."
             )
+
+
+def quantized_linears(modifier: Modifier, model: nn.Module) -> list[str]:
+    """Paths of the Linears that one of llm-compressor's modifiers quantizes; none for modifiers of other kinds."""
+    if not isinstance(modifier, QuantizationMixin) or not modifier.has_config():
+        return []
+    targets = {
+        target
+        for scheme in modifier.resolved_config.config_groups.values()
+        if _rounds(scheme)
+        for target in scheme.targets
+    }
+    return [
+        name
+        for name, module in match_named_modules(model, targets, modifier.ignore)
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def check_shapes(linears: Mapping[str, nn.Linear], candidates: Sequence[Candidate], field: str) -> None:

@@ -60,6 +60,9 @@ def register_linearizations() -> None:
     expert count of the whole model, and does not say what class the experts had. All of its classes make experts
     in the dtype that the config names, which a model that was cast after loading has not.
 
+    Experts get the settings of their activation, which llm-compressor leaves behind unless they have the names
+    that gpt-oss gives them.
+
     llm-compressor reads and parses the source of a class of experts to find the arguments of its decorator, each
     time that it looks whether a module holds experts: 20 ms per layer. They are read once per class.
     """
@@ -67,6 +70,9 @@ def register_linearizations() -> None:
         once = _once_per_class(helpers.get_use_experts_implementation_args)
         helpers.get_use_experts_implementation_args = once
         linear_experts.get_use_experts_implementation_args = once
+    from_experts = LinearExperts2D.from_experts_module.__func__
+    if not hasattr(from_experts, "_keeps_settings"):
+        LinearExperts2D.from_experts_module = classmethod(_with_settings(from_experts))
     LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
     for kind in (ExpertMLPWithGate, ExpertMLPWithoutGate, GptOssExpertMLP):
         if not hasattr(kind.copy_from_experts_module, "__wrapped__"):
@@ -96,6 +102,21 @@ def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
         copy_from(expert, experts, index)
 
     return copied
+
+
+def _with_settings(from_experts: Callable[..., LinearExperts2D]) -> Callable[..., LinearExperts2D]:
+    @functools.wraps(from_experts)
+    def converted(
+        cls: type[LinearExperts2D], experts: nn.Module, config: PreTrainedConfig
+    ) -> LinearExperts2D:
+        linear = from_experts(cls, experts, config)
+        for name, value in vars(experts).items():
+            if isinstance(value, int | float | str) and not hasattr(linear, name):
+                setattr(linear, name, value)
+        return linear
+
+    converted._keeps_settings = True
+    return converted
 
 
 def was_fused(experts: LinearExperts2D) -> bool:
