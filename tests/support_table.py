@@ -31,15 +31,7 @@ COLUMNS = ("Block Drop", "Layer Drop", "Expert Drop", "Expert Drop, uneven", "sc
 REMOVED = [2, 5]
 
 # Where llm-compressor itself cannot handle a family, whatever the recipe.
-UPSTREAM_LIMITS = {
-    "ernie4_5_vl_moe": "llm-compressor 0.14 cannot linearize its experts (two widths in one config field)",
-    "minimax_m3_vl_text": "llm-compressor 0.14's linearized experts lack its activation's settings "
-    "(`swiglu_alpha`)",
-    "qwen3_omni_moe_thinker": (
-        "transformers 5.17 cannot run the thinker alone with an attention mask "
-        "(its config lacks `vision_start_token_id`)"
-    ),
-}
+UPSTREAM_LIMITS: dict[str, str] = {}
 
 # Served by real vLLM with log-probabilities equal to transformers (tests/serving).
 SERVED = (
@@ -133,7 +125,7 @@ def _passed_over(model: PreTrainedModel, index: int) -> Iterator[None]:
 
 def expected_reasons(model_type: str) -> dict[str, str]:
     """Column -> reason that the product itself gives for refusing, for families that break a rule."""
-    found = exception_for(model_type)
+    found = exception_for(tiny_models.tiny_config(model_type).get_text_config().model_type)
     reasons = {
         "Block Drop": found.refuse_block_drop,
         "Layer Drop": found.refuse_layer_drop or found.refuse_uneven,

@@ -67,6 +67,10 @@ _SKIP_CLASS = (
     "its router has one output more than there are experts, for skipping, which this version does not cut"
 )
 _HANDED_ON = "its routers hand a state from block to block, which a missing block would change"
+_TWO_KINDS = (
+    "its config counts the experts for text and those for images with one number, and calibration on text reaches "
+    "only the former"
+)
 _PLACE_MATTERS = (
     "the decay of its linear attention depends on a block's place among all blocks, so every block after "
     "a dropped one would compute something else"
@@ -75,6 +79,11 @@ _PLACE_MATTERS = (
 _EXCEPTIONS: dict[str, FamilyException] = {
     "axk2": FamilyException(refuse_uneven=_READS_COUNT_ITSELF),
     "qwen4_exp_text": FamilyException(refuse_uneven=_READS_COUNT_ITSELF),
+    "ernie4_5_vl_moe_text": FamilyException(
+        refuse_expert_drop=_TWO_KINDS,
+        refuse_quantized_experts="its files number the experts for text and for images together, and vLLM 0.32 "
+        "looks their schemes up apart",
+    ),
     "gemma4_text": FamilyException(_IN_THE_BLOCK, _IN_THE_BLOCK, _IN_THE_BLOCK),
     "diffusion_gemma_text": FamilyException(_IN_THE_BLOCK, _IN_THE_BLOCK, _IN_THE_BLOCK),
     "deepseek_v4": FamilyException(refuse_expert_drop=_TOKEN_TABLE),

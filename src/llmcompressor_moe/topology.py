@@ -7,7 +7,9 @@ those modules stand.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressed_tensors.offload import disable_onloading
@@ -127,12 +129,12 @@ def find_topology(model: PreTrainedModel) -> Topology:
         than one stack of blocks
     """
     config = text_config(model.config)
-    by_stack: dict[str, dict[int, str]] = {}
+    by_stack: dict[str, dict[int, list[str]]] = {}
     for path, _ in [*get_non_linearized_moes(model), *get_linearized_moes(model)]:
         place = _place_in_stack(model, path)
         if place is not None:
             stack, index = place
-            by_stack.setdefault(stack, {})[index] = path
+            by_stack.setdefault(stack, {}).setdefault(index, []).append(path)
     if not by_stack:
         raise NotAnMoEError(
             f"{type(model).__name__} (model_type {config.model_type!r}) has no MoE layer: none of its "
@@ -152,7 +154,7 @@ def find_topology(model: PreTrainedModel) -> Topology:
         Block(
             int(index),
             f"{stack}.{index}",
-            _moe_layer(model, config, f"{stack}.{index}", experts_of.get(int(index))),
+            _moe_layer(model, config, f"{stack}.{index}", experts_of.get(int(index), [])),
         )
         for index, _ in model.get_submodule(stack).named_children()
     )
@@ -184,27 +186,31 @@ def _place_in_stack(model: nn.Module, path: str) -> tuple[str, int] | None:
 
 
 def _moe_layer(
-    model: nn.Module, config: PreTrainedConfig, block: str, experts_path: str | None
+    model: nn.Module, config: PreTrainedConfig, block: str, experts_paths: Sequence[str]
 ) -> MoELayer | None:
-    if experts_path is None:
+    if not experts_paths:
         return None
-    module_path, _, experts_name = experts_path.rpartition(".")
-    module, experts = model.get_submodule(module_path), model.get_submodule(experts_path)
+    # Where tokens of text and of images have experts of their own, those for text come first.
+    experts_path = experts_paths[0]
+    holder_path, _, experts_name = experts_path.rpartition(".")
+    module_path = holder_path if len(experts_paths) == 1 else _common_parent(experts_paths)
+    module, holder = model.get_submodule(module_path), model.get_submodule(holder_path)
+    experts = model.get_submodule(experts_path)
     num_experts = _num_experts(experts)
-    router = _router_name(module, experts_name, num_experts)
+    router = _router_name(holder, experts_name, num_experts)
     shared = tuple(
         f"{module_path}.{name}"
         for name, child in module.named_children()
         if name not in (experts_name, router) and "shared" in name and any(True for _ in child.parameters())
     )
-    holders = [module.get_submodule(router)] if router else []
+    holders = [holder.get_submodule(router), holder] if router else [holder]
     num_groups = _first_int([*holders, module, config], ("num_group", *_GROUPS), 1)
     if any(getattr(holder, "topk_method", None) == "greedy" for holder in [*holders, config]):
         num_groups = 1
     return MoELayer(
         module=module_path,
         experts=experts_path,
-        router=f"{module_path}.{router}" if router else None,
+        router=f"{holder_path}.{router}" if router else None,
         shared_experts=shared,
         num_experts=num_experts,
         top_k=_first_int([*holders, module, config], _TOP_K, 1),
@@ -212,6 +218,12 @@ def _moe_layer(
         groups_kept=_first_int([*holders, module, config], _GROUPS_KEPT, 1) if num_groups > 1 else 1,
         inline=module_path == block,
     )
+
+
+def _common_parent(paths: Sequence[str]) -> str:
+    words = [path.split(".") for path in paths]
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    return ".".join(column[0] for column in alike)
 
 
 def _num_experts(experts: nn.Module) -> int:

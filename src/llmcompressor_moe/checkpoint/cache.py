@@ -65,7 +65,9 @@ class _FromCheckpoint:
         if offloaded in self.resident:
             self.resident[offloaded].copy_(data)
         elif self.source(offloaded) is not None:
-            self.write_first(offloaded, data.reshape_as(offloaded).to(offloaded.dtype))
+            data = data.reshape_as(offloaded).to(offloaded.dtype)
+            # A tensor that is stored transposed is read as a view.
+            self.write_first(offloaded, data.contiguous())
             del self.sources[offloaded]
         else:
             super().update_offload(offloaded, data)

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -146,6 +147,22 @@ def _interleave(op: Interleave, values: Values, converter: WeightConverter, _tar
     return {_through(converter): Deinterleaved(_one(values), op.dim)}
 
 
+def _split_by_modality(
+    op: ErnieFuseAndSplitTextVisionExperts, values: Values, converter: WeightConverter, _target: Any
+) -> Values:
+    """Experts for text, and those for images after them, are stored in one list."""
+    targets = converter.target_patterns
+    found: dict[str, list[Source]] = {name: [] for name in targets}
+    for pattern in converter.source_patterns:
+        leaves = values[pattern]
+        size = -(-len(leaves) // len(targets))
+        for position, name in enumerate(targets):
+            found[name].append(Stacked(leaves[position * size : (position + 1) * size]))
+    return {
+        name: parts[0] if len(parts) == 1 else Joined(parts, op.concat_dim) for name, parts in found.items()
+    }
+
+
 def _through(converter: WeightConverter) -> str:
     """The name that a one-to-one operation leaves: the source's while more than one target is to follow."""
     several = len(converter.target_patterns) > 1
@@ -158,6 +175,7 @@ _OPERATIONS: dict[type, Callable[[Any, Values, WeightConverter, Any], Values]] =
     Chunk: _chunk,
     Transpose: _transpose,
     Interleave: _interleave,
+    ErnieFuseAndSplitTextVisionExperts: _split_by_modality,
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
+    config_of,
     fused_class,
     restore_checkpoint_names,
     was_fused,

@@ -32,6 +32,7 @@ from llmcompressor_moe.compat.transformers.conversions import own_conversions, s
 
 __all__ = [
     "between_layers",
+    "config_of",
     "fused_class",
     "linearize_without_weights",
     "register_linearizations",
@@ -104,12 +105,26 @@ def _in_its_dtype(copy_from: Callable[..., None]) -> Callable[..., None]:
     return copied
 
 
+def config_of(experts: nn.Module, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config that gives one width of experts, where the model's lists one for text and one for images.
+
+    :param experts: fused or linearized
+    """
+    if not isinstance(getattr(config, "moe_intermediate_size", None), list):
+        return config
+    own = copy.copy(config)
+    fused = getattr(experts, "intermediate_dim", None)
+    # The class checks what is assigned to it.
+    own.__dict__["moe_intermediate_size"] = fused or experts.intermediate_size
+    return own
+
+
 def _with_settings(from_experts: Callable[..., LinearExperts2D]) -> Callable[..., LinearExperts2D]:
     @functools.wraps(from_experts)
     def converted(
         cls: type[LinearExperts2D], experts: nn.Module, config: PreTrainedConfig
     ) -> LinearExperts2D:
-        linear = from_experts(cls, experts, config)
+        linear = from_experts(cls, experts, config_of(experts, config))
         for name, value in vars(experts).items():
             if isinstance(value, int | float | str) and not hasattr(linear, name):
                 setattr(linear, name, value)
