@@ -62,12 +62,12 @@ class _FromCheckpoint:
         return super().offload(tensor)
 
     def update_offload(self, offloaded: torch.Tensor, data: torch.Tensor | None) -> None:
+        # Tensors that are stored transposed are read as views, and what is computed from them is laid out alike.
+        data = None if data is None else data.contiguous()
         if offloaded in self.resident:
             self.resident[offloaded].copy_(data)
         elif self.source(offloaded) is not None:
-            data = data.reshape_as(offloaded).to(offloaded.dtype)
-            # A tensor that is stored transposed is read as a view.
-            self.write_first(offloaded, data.contiguous())
+            self.write_first(offloaded, data.reshape_as(offloaded).to(offloaded.dtype))
             del self.sources[offloaded]
         else:
             super().update_offload(offloaded, data)

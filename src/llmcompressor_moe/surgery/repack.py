@@ -66,7 +66,7 @@ def empty_fused(experts: LinearExperts2D, fused_cls: type[nn.Module], config: Pr
     """
     counts = {name: len(expert_modules(experts)) for name in expert_count_attributes(config)}
     with torch.device("meta"):
-        empty = fused_cls(_with_values(config, counts))
+        empty = fused_cls(_with_values(config_of(experts, config), counts))
     # Upstream's split reads these; the decorator of transformers sets them on most families, but not on all.
     for flag in ("is_transposed", "has_bias"):
         setattr(empty, flag, getattr(type(experts), flag))
