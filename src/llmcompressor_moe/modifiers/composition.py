@@ -27,6 +27,7 @@ from llmcompressor_moe.compat.llmcompressor.mappings import (
 )
 from llmcompressor_moe.compat.llmcompressor.pinning import pin_only_with_an_accelerator
 from llmcompressor_moe.compat.llmcompressor.wrong_mappings import wrong_mappings
+from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.quantization.refusals import quantized_linears
 from llmcompressor_moe.topology import Topology, find_topology, find_towers, text_config
 
@@ -66,12 +67,15 @@ def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
     :param model: on any device (meta as well), linearized or not
     :raises ValueError: AutoRound on a model that is not in bfloat16; AWQ or SmoothQuant with llm-compressor's
         own mappings where those change what the model computes; a modifier of llm-compressor that quantizes or
-        prunes routers or the gates of shared experts
+        prunes routers or the gates of shared experts, or quantizes experts of a family of which vLLM cannot serve
+        quantized ones
     """
     topology = find_topology(model)
     for modifier in modifiers:
         reached = _targeted_linears(modifier, model)
         _check_routers(modifier, reached, model, topology)
+        if not isinstance(modifier, SparsityModifierBase):
+            _check_experts(modifier, reached, topology)
         _warn_of_towers(modifier, reached, model, topology)
     model_type = text_config(model.config).model_type
     for modifier in modifiers:
@@ -112,6 +116,22 @@ def _check_routers(
             "one. Readers run them in 16 bit, and their errors send tokens to other experts. Add to its ignore: "
             f"{entries}."
         )
+
+
+def _check_experts(modifier: Modifier, reached: Sequence[str], topology: Topology) -> None:
+    reason = exception_for(topology.model_type).refuse_quantized_experts
+    if reason is None:
+        return
+    for moe in topology.moe_layers.values():
+        others = tuple(f"{shared}." for shared in moe.shared_experts)
+        expert = next(
+            (n for n in reached if n.startswith(f"{moe.module}.") and not n.startswith(others)), None
+        )
+        if expert is not None:
+            raise ValueError(
+                f"{type(modifier).__name__} targets experts, {expert!r} for one, and vLLM cannot serve quantized "
+                f"experts of {topology.model_type!r}: {reason}. Add 're:.*experts.*' to its ignore."
+            )
 
 
 def _warn_of_towers(
