@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import expert_modules, find_topology
 
-_QUANTIZERS = ("quantization", "gptq", "awq", "autoround", "raq")
+_QUANTIZERS = ("quantization", "some_layers", "gptq", "awq", "autoround", "raq")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,26 @@ def experts_quantized(outcome: Outcome) -> None:
     assert bits == {4}
 
 
+def all_but_experts_quantized(outcome: Outcome) -> None:
+    """Attention is quantized in every block that stayed; experts are only if another modifier did it."""
+    for block in outcome.model.model.layers:
+        assert hasattr(block.self_attn.q_proj, "quantization_scheme")
+    config = outcome.reloaded.config.quantization_config.quantization_config
+    by_others = set(_QUANTIZERS) & set(outcome.order)
+    assert bool(by_others) == any("experts" in t for g in config.config_groups.values() for t in g.targets)
+
+
+def experts_of_some_layers_quantized(outcome: Outcome) -> None:
+    """Experts of blocks 0 and 2 are in 4 bit, those of blocks 1 and 3 are not."""
+    for index, experts in _quantized_experts(outcome, {0, 2}):
+        assert _bits(experts) == {4}, index
+    layers = find_topology(outcome.model).moe_layers
+    for _, _, index in outcome.blocks():
+        if index in {1, 3} - outcome.layers_dropped:
+            experts = outcome.model.get_submodule(layers[_position(outcome, index)].experts)
+            assert not any(hasattr(module, "quantization_scheme") for module in experts.modules())
+
+
 def experts_in_two_schemes(outcome: Outcome) -> None:
     """Router-aware quantization: 4 or 8 bit, one of them per layer."""
     for _, experts in _quantized_experts(outcome):
@@ -172,7 +192,9 @@ def _position(outcome: Outcome, index: int) -> int:
     return index - sum(dropped < index for dropped in outcome.blocks_dropped)
 
 
-def _quantized_experts(outcome: Outcome) -> Iterator[tuple[int, list[nn.Module]]]:
+def _quantized_experts(
+    outcome: Outcome, among: Container[int] = range(4)
+) -> Iterator[tuple[int, list[nn.Module]]]:
     """(original block index, experts) of every MoE layer that stayed, after looking at every expert.
 
     Without smoothing or pruning in the recipe each must give nearly what the expert with its original index gave.
@@ -182,7 +204,7 @@ def _quantized_experts(outcome: Outcome) -> Iterator[tuple[int, list[nn.Module]]
     comparable = not {"awq", "sparsegpt", "wanda", "sparsity"} & set(outcome.order)
     layers = find_topology(outcome.model).moe_layers
     for _, _, index in outcome.blocks():
-        if index in outcome.layers_dropped:
+        if index in outcome.layers_dropped or index not in among:
             continue
         experts = expert_modules(outcome.model.get_submodule(layers[_position(outcome, index)].experts))
         fused = outcome.base.get_submodule(find_topology(outcome.base).moe_layers[index].experts)

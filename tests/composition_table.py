@@ -107,7 +107,7 @@ _PRUNE_BEFORE = (
     "or by an earlier modifier. Put ExpertSparsityModifier before the modifier that quantizes, and start from a "
     "checkpoint that is not quantized."
 )
-_EXPERT_QUANTIZERS = ("quantization", "gptq", "awq", "autoround")
+_EXPERT_QUANTIZERS = ("quantization", "some_layers", "gptq", "awq", "autoround")
 
 PARTS: dict[str, Part] = {
     "layer": Part("Layer Drop", lambda: [LayerDropModifier(num_drop=1)], effects.layers_gone, ours=True),
@@ -147,10 +147,30 @@ PARTS: dict[str, Part] = {
         effects.routers_fitted,
         ours=True,
         refuses_first="RouterCalibrationModifier mends what modifiers before it did, and there are none: put it "
-        "behind the drops or the quantization of the recipe.",
+        "after the drops or the quantization of the recipe.",
     ),
     "quantization": Part(
-        "Quantization", lambda: [QuantizationModifier(config_groups=w4a16())], effects.experts_quantized
+        "Quantization",
+        lambda: [QuantizationModifier(config_groups=w4a16())],
+        effects.experts_quantized,
+        # GPTQ, built on it, is tried in both.
+        pipelines=("independent",),
+    ),
+    "all_but_experts": Part(
+        "Quantization of all but experts",
+        lambda: [
+            QuantizationModifier(
+                targets=["Linear"], scheme="FP8_DYNAMIC", ignore=["lm_head", "re:.*gate$", "re:.*experts.*"]
+            )
+        ],
+        effects.all_but_experts_quantized,
+        pipelines=("independent",),
+    ),
+    "some_layers": Part(
+        "Quantization of some layers' experts",
+        lambda: [QuantizationModifier(config_groups=w4a16(), ignore=[r"re:.*layers\.[13]\..*experts.*"])],
+        effects.experts_of_some_layers_quantized,
+        pipelines=("independent",),
     ),
     "gptq": Part(
         "GPTQ", lambda: [GPTQModifier(config_groups=w4a16(), block_size=32)], effects.experts_quantized
@@ -180,6 +200,8 @@ PARTS: dict[str, Part] = {
         "Wanda",
         lambda: [WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=[EXPERTS])],
         effects.experts_sparse,
+        # SparseGPT, which shares its base, is tried in both.
+        pipelines=("independent",),
     ),
     "reap": Part("REAP", lambda: [REAPPruningModifier(sparsity=0.25)], effects.experts_gone),
 }

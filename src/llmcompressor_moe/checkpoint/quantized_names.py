@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from compressed_tensors.offload import disable_onloading
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import nn
 
 from llmcompressor_moe.topology import find_topology
@@ -45,16 +47,25 @@ def cover_quantized_modules(
             schemes.append(scheme)
             members.append([])
         members[schemes.index(scheme)].append(name)
-    ignore = quantization.get("ignore") or []
+    stacks = spellings(find_topology(model).stack)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    everything = [spelling for name in linears for spelling in spellings(name)]
+    ignored = [spelling for entry in quantization.get("ignore") or [] for spelling in spellings(entry)]
+    # Fused experts hold no Linears, but readers look for one per expert and projection.
+    fused = [spelling for name in _fused_projections(model) for spelling in spellings(name)]
+    experts = [name for name in ignored if _EXPERT.fullmatch(name)]
     quantization["ignore"] = list(
-        dict.fromkeys(spelling for entry in ignore for spelling in spellings(entry))
+        dict.fromkeys(
+            [
+                *(name for name in ignored if not _EXPERT.fullmatch(name)),
+                # A model may have 50,000 of them.
+                *patterns_for([*experts, *fused], [*everything, *fused], stacks),
+            ]
+        )
     )
     by_class_alone = len(groups) == 1 and groups[0].get("targets") == ["Linear"]
     if by_class_alone or len(groups) != len(schemes):
         return
-    stacks = spellings(find_topology(model).stack)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    everything = [spelling for name in linears for spelling in spellings(name)]
     for group, quantized in zip(groups, members, strict=True):
         spelled = [spelling for name in quantized for spelling in spellings(name)]
         targets = patterns_for(spelled, everything, stacks)
@@ -65,6 +76,16 @@ def cover_quantized_modules(
         if any(expression.match(name) for expression in expressions for name in others):
             targets = spelled
         group["targets"] = targets
+
+
+def _fused_projections(model: nn.Module) -> Iterator[str]:
+    """Names that the projections of fused experts would have as Linears."""
+    for path, experts in get_non_linearized_moes(model):
+        with disable_onloading():
+            count = len(experts.down_proj)
+        for expert in range(count):
+            gate = ("gate_proj",) if hasattr(experts, "gate_up_proj") else ()
+            yield from (f"{path}.{expert}.{name}" for name in (*gate, "up_proj", "down_proj"))
 
 
 def patterns_for(names: Iterable[str], among: Iterable[str], stacks: Collection[str]) -> list[str]:
