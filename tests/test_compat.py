@@ -26,10 +26,14 @@ import pytest
 import tiny_models
 import torch
 import tqdm
+from compressed_tensors.compressors import ModelCompressor, compress_module
+from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
+from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import forward
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from llmcompressor.args import ModelArguments
 from llmcompressor.core import CompressionLifecycle, active_session, session_functions
 from llmcompressor.core.events import Event, EventType
@@ -75,7 +79,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe import compat
-from llmcompressor_moe.compat.compressed_tensors import caches_of, is_offloaded, scratch_file
+from llmcompressor_moe.compat.compressed_tensors import caches_of, decompress_in, is_offloaded, scratch_file
 from llmcompressor_moe.compat.llmcompressor import calibration
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
     between_layers,
@@ -339,6 +343,32 @@ def test_offloaded_parameters_are_in_a_cache() -> None:
 def test_disk_caches_touch_files_of_their_own_prefix_only(tmp_path: Path) -> None:
     assert DiskCache._is_ct_file_path(str(scratch_file(tmp_path, "changed_3")))
     assert not DiskCache._is_ct_file_path(str(tmp_path / "changed_3.safetensors"))
+
+
+@pytest.mark.parametrize("preset", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_fp4_and_mx_weights_are_decompressed_to_bfloat16(preset: str) -> None:
+    """Not ours: they get the model's dtype. Upstream's classes are as they were afterwards."""
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+
+    def compressed() -> nn.Module:
+        linear = nn.Linear(32, 16, bias=False, dtype=torch.float16)
+        initialize_module_for_quantization(linear, scheme)
+        linear.weight_scale.data.fill_(0.25)
+        compress_module(linear)
+        return nn.Sequential(linear)
+
+    owners = (NVFP4PackedCompressor, MXFP8QuantizationCompressor)
+    before = [vars(owner)["decompress"] for owner in owners]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert ModelCompressor().decompress_model(stock := compressed()) is None
+        assert stock[0].weight.dtype == torch.bfloat16, "upstream knows the model's dtype now"
+        compressor = ModelCompressor()
+        decompress_in(compressor, dtype, lambda stored, scheme, dtype: torch.full((16, 32), 7, dtype=dtype))
+        compressor.decompress_model(ours := compressed())
+        assert ours[0].weight.dtype == dtype
+        assert (ours[0].weight == 7).all() == (dtype == torch.float16)
+        assert torch.equal(ours[0].weight_scale, stock[0].weight_scale)
+    assert [vars(owner)["decompress"] for owner in owners] == before
 
 
 def test_tokens_without_a_batch_share_a_scale() -> None:

@@ -9,18 +9,22 @@ import re
 from dataclasses import dataclass
 
 import pytest
+import support
 import tiny_models
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from cut_by_hand import Cut, load, logits
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import load_trimmed_moe
+from llmcompressor_moe.loading import open_as_served
 
 # Families whose experts llm-compressor cannot take apart, so that it cannot quantize them: what it raises.
 NOT_LINEARIZABLE = {
@@ -153,6 +157,39 @@ def test_layers_compressed_in_different_ways(tmp_path: pathlib.Path) -> None:
     config = json.loads((tmp_path / "quantized" / "config.json").read_text())
     assert len(config["quantization_config"]["config_groups"]) == 2
     assert_loads(tmp_path / "quantized", logits(model))
+
+
+def kinds_of_presets() -> dict[str, QuantizationScheme]:
+    """One preset for each way to store weights and to round inputs, whatever the bits of packed integers."""
+    kinds: dict[tuple, str] = {}
+    for name in PRESET_SCHEMES:
+        scheme = preset_name_to_scheme(name, [])
+        if scheme.weights is not None:
+            form = infer_module_format(torch.nn.Linear, scheme)
+            kinds.setdefault((form, scheme.weights.symmetric, repr(scheme.input_activations)), name)
+    return {name: preset_name_to_scheme(name, []) for name in kinds.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_presets_load_and_run_in_every_dtype(tmp_path: pathlib.Path, dtype: torch.dtype) -> None:
+    """A block each; compressed-tensors itself makes FP4 and MX weights bfloat16, which no other model can run."""
+    groups = kinds_of_presets()
+    assert {"NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"} < groups.keys()
+    for layer, scheme in enumerate(groups.values()):
+        scheme.targets = [rf"re:.*layers\.{layer}\..*(experts\.\d+\.down|o)_proj$"]
+    options = {"num_layers": len(groups), "num_experts": 2, "hidden_size": 128, "moe_intermediate_size": 128}
+    tiny_models.build("qwen3_moe", **options).to(dtype).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=dtype)
+    data = {"dataset": support.dataset(), "num_calibration_samples": 2, "pipeline": "basic"}
+    oneshot(model=model, recipe=QuantizationModifier(config_groups=groups), **data)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "quantized", save_compressed=True)
+    with load_trimmed_moe():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto")
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), expected)
+    again = open_as_served(tmp_path / "quantized")
+    assert torch.equal(logits(again), expected)
 
 
 def test_compressed_model_is_saved_as_it_was_loaded(tmp_path: pathlib.Path) -> None:

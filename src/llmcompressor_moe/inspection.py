@@ -183,7 +183,7 @@ def inspect_model(
         raise ValueError(f"{root}/config.json: {cls.__name__} cannot be built from it: {error}") from error
     inspection = _inspection(root, config, expected.model, find_topology(expected.model))
     if schemes:
-        inspection.schemes = scheme_sizes(expert_linears(expected), schemes, group_size, _dtype(config))
+        inspection.schemes = scheme_sizes(expert_linears(expected), schemes, group_size, config.dtype)
     return inspection
 
 
@@ -196,19 +196,10 @@ def scheme_saving(
     """
     config = read_config(path)
     linears = linears_of(lay_out(config), parts)
-    plain, packed = scheme_sizes(linears, [UNQUANTIZED, scheme], group_size, _dtype(config))
+    plain, packed = scheme_sizes(linears, [UNQUANTIZED, scheme], group_size, config.dtype)
     if packed.refused is not None:
         raise ValueError(f"{packed.scheme} does not fit the model's {' and '.join(parts)}: {packed.refused}.")
     return plain.nbytes - packed.nbytes
-
-
-def _dtype(config: ReadConfig) -> torch.dtype:
-    """The dtype that the config names. Checkpoints that were released quantized may name none; what they do
-    not quantize is bfloat16.
-    """
-    if config.parsed.dtype is not None:
-        return config.parsed.dtype
-    return torch.bfloat16 if config.raw.get("quantization_config") else torch.get_default_dtype()
 
 
 def _root(path: str | Path) -> Path:
@@ -232,7 +223,7 @@ def read_config(path: str | Path) -> ReadConfig:
 def _inspection(
     root: Path, config: ReadConfig, model: PreTrainedModel, topology: Topology
 ) -> ModelInspection:
-    dtype = _dtype(config)
+    dtype = config.dtype
     counts = _count(model, topology, dtype.itemsize)
     total = _BlockCount()
     for block in counts.values():

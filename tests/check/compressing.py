@@ -28,6 +28,11 @@ SCHEMES = {
     "FP8": {"targets": "Linear", "scheme": "FP8"},
     "FP8_DYNAMIC": {"targets": "Linear", "scheme": "FP8_DYNAMIC"},
 }
+# What transformers alone cannot decompress, or not in the dtype of these models.
+BEYOND_TRANSFORMERS = {
+    "MXFP8A16": {"targets": "Linear", "scheme": "MXFP8A16"},
+    "NVFP4A16": {"targets": "Linear", "scheme": "NVFP4A16"},
+}
 
 
 def to_native(path) -> None:

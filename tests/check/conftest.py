@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import support
-from compressing import PLAIN, SCHEMES, to_native
+from compressing import BEYOND_TRANSFORMERS, PLAIN, SCHEMES, to_native
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -41,7 +41,9 @@ def compressed(tmp_path_factory):
         if not path.exists():
             # oneshot looks into the directory that the model came from
             model = support.load(support.saved(model_type, made / "source"))
-            recipe = QuantizationModifier(ignore=PLAIN, **copy.deepcopy(SCHEMES[scheme]))
+            recipe = QuantizationModifier(
+                ignore=PLAIN, **copy.deepcopy((SCHEMES | BEYOND_TRANSFORMERS)[scheme])
+            )
             data = {"dataset": support.dataset(), "num_calibration_samples": 4, "max_seq_length": 32}
             oneshot(
                 model=model,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import support
@@ -40,7 +41,7 @@ def test_what_oneshot_writes_is_legal(compressed, model_type, scheme):
     assert codes(report, "warning") == beyond
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "MXFP8A16"])
 def test_transformers_fails_exactly_where_the_check_says_so(compressed, scheme):
     path = compressed("qwen3_moe", scheme)
     warned = "transformers-experts" in codes(check_checkpoint(path), "warning")
@@ -50,6 +51,19 @@ def test_transformers_fails_exactly_where_the_check_says_so(compressed, scheme):
         assert warned
     else:
         assert not warned
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_transformers_runs_fp4_exactly_where_the_check_does_not_warn(compressed, tmp_path, dtype):
+    """Its Linears; its experts are another matter."""
+    path = shutil.copytree(compressed("qwen3_moe", "NVFP4A16"), tmp_path / "copy")
+    set_config(path, dtype=str(dtype).removeprefix("torch."))
+    warned = "transformers-dtype" in codes(check_checkpoint(path), "warning")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    attention = model.model.layers[0].self_attn
+    model.hf_quantizer.compressor.decompress_model(model)
+    assert model.dtype == dtype
+    assert (attention.q_proj.weight.dtype == dtype) is not warned
 
 
 def test_compressed_mixtral_as_oneshot_names_it(quantized):

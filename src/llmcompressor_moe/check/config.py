@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmcompressor_moe.check.report import Findings
@@ -34,6 +35,16 @@ class ReadConfig:
     def text(self) -> PreTrainedConfig:
         """The parsed config of the decoder."""
         return text_config(self.parsed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the config names. Checkpoints that were released quantized may name none; what they do
+        not quantize is bfloat16.
+        """
+        named = self.parsed.dtype or self.text.dtype
+        if named is not None:
+            return named
+        return torch.bfloat16 if self.raw.get("quantization_config") else torch.get_default_dtype()
 
     @property
     def num_layers(self) -> int:

@@ -4,7 +4,9 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+import torch
 from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationStrategy
 
 from llmcompressor_moe.check.comparison import Comparison, PerLayer, kind_of
 from llmcompressor_moe.check.demand import FLOATS, Demand
@@ -18,6 +20,12 @@ from llmcompressor_moe.topology import find_towers
 # Projections that vLLM runs as one matrix.
 _RUN_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _BOTH = "let ignore and targets cover both namings"
+# Formats that transformers decompresses to bfloat16, whatever the model is in.
+_IN_BFLOAT16 = (
+    CompressionFormat.nvfp4_pack_quantized,
+    CompressionFormat.mxfp4_pack_quantized,
+    CompressionFormat.mxfp8_quantized,
+)
 _COMPRESSED = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape")
 
 
@@ -241,9 +249,15 @@ def _beyond_transformers(
     for group in sorted(groups - {None}):
         weights, form = schemes.schemes[group].weights, schemes.format_of(group)
         packed = form is CompressionFormat.pack_quantized and weights.symmetric
-        if not packed and not (weights.type == "float" and weights.num_bits == 8):
+        scaled_by_row = weights.strategy in (QuantizationStrategy.TENSOR, QuantizationStrategy.CHANNEL)
+        if not packed and not (weights.type == "float" and weights.num_bits == 8 and scaled_by_row):
             zero_points = "" if weights.symmetric else " with zero points"
-            yield f"cannot decompress {form.value} experts{zero_points}"
+            scales = (
+                f" with scales per {weights.strategy.value}"
+                if form is CompressionFormat.float_quantized
+                else ""
+            )
+            yield f"cannot decompress {form.value} experts{zero_points}{scales}"
 
 
 def _identity(schemes: Schemes, group: int | None) -> str:
@@ -284,6 +298,21 @@ def _report_mix(layers: PerLayer, layer: int, kinds: set[str]) -> None:
             f"its experts have different schemes ({shown}): vLLM takes the first expert's and silently "
             "serves the others wrong",
             one_per_layer,
+        )
+
+
+def check_dtype(dtype: torch.dtype, demand: Demand, schemes: Schemes, findings: Findings) -> None:
+    """Formats that not every reader brings into the dtype of the model."""
+    used = {schemes.format_of(group) for group in demand.quantized.values()}
+    names = [form.value for form in _IN_BFLOAT16 if form in used]
+    if names and dtype != torch.bfloat16:
+        findings.warning(
+            "transformers-dtype",
+            "dtype",
+            f"the model is in {str(dtype).removeprefix('torch.')}, and transformers alone decompresses "
+            f"{', '.join(names)} weights to bfloat16: its first forward fails",
+            "in transformers load it inside load_trimmed_moe(); serve it with --dtype bfloat16, which every "
+            "kernel of vLLM for these formats takes",
         )
 
 

@@ -132,6 +132,7 @@ def _check_model(
         quantization.check_towers(expected, demand, schemes, findings)
         quantization.check_moe_layers(expected, demand, schemes, findings)
         quantization.check_family(config.text.model_type, demand, findings)
+        quantization.check_dtype(config.dtype, demand, schemes, findings)
         quantization.check_run_as_one(expected, demand, schemes, findings)
         quantization.check_stale_names(expected, schemes, findings)
     check_parallel(config, expected, demand, schemes, tensor_parallel, expert_parallel, findings)

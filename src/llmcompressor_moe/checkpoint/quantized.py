@@ -4,6 +4,7 @@ transformers itself decompresses the experts of a checkpoint while it stacks the
 whose own checkpoints keep experts apart, if all experts of the model were compressed by one scheme; the
 others keep random weights, with a warning only. Here the model gets linearized experts before the weights are
 read, so every Linear finds its tensors and its own scheme, whatever the family, and stays compressed.
+When it is decompressed, it gets the dtype of the model.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import contextlib
 import re
 
-from compressed_tensors.quantization import QuantizationConfig
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 
+from llmcompressor_moe.checkpoint.decoding import Mxfp4, NvFp4, ScaledFp8
 from llmcompressor_moe.checkpoint.names import expert_names
+from llmcompressor_moe.compat.compressed_tensors import decompress_in
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
 from llmcompressor_moe.compat.transformers.conversions import source_patterns
 from llmcompressor_moe.compat.transformers.quantizer import needs_no_initialization, prepared_before_weights
@@ -36,14 +41,21 @@ def compressed_experts_as_linears() -> contextlib.AbstractContextManager[None]:
 
 
 def _prepare(
-    model: PreTrainedModel, quantization: QuantizationConfig, files: list[str]
+    model: PreTrainedModel, compressor: ModelCompressor, files: list[str]
 ) -> list[WeightTransform] | None:
+    decompress_in(compressor, model.dtype, _decode)
+    quantization = compressor.quantization_config
     names = _checkpoint_names(model)
     stored = _stored_experts(files, names)
     linearized = _linearize(model, {layer for layer, *_ in stored})
     # The config may name modules as the checkpoint does, not as transformers does; tensors do not lie.
     quantization.ignore = [*(quantization.ignore or []), *_plain_linears(linearized, stored)]
     return _renamings(names) if linearized else None
+
+
+def _decode(stored: dict[str, torch.Tensor], scheme: QuantizationScheme, dtype: torch.dtype) -> torch.Tensor:
+    codec = ScaledFp8 if scheme.weights.num_bits == 8 else NvFp4 if "weight_global_scale" in stored else Mxfp4
+    return codec(scheme.weights).decode(stored, dtype)
 
 
 def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:

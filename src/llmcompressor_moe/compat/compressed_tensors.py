@@ -1,4 +1,4 @@
-"""compressed-tensors: how it keeps the weights of an offloaded module, and scales tokens without a batch."""
+"""compressed-tensors: how it keeps weights of offloaded modules, scales tokens without a batch, decompresses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
+from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.offload.cache import DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 from compressed_tensors.quantization.lifecycle import forward
 from compressed_tensors.utils import patch_attr
 
-__all__ = ["HOLDS_FOR", "caches_of", "is_offloaded", "scale_each_token", "scratch_file"]
+__all__ = ["HOLDS_FOR", "caches_of", "decompress_in", "is_offloaded", "scale_each_token", "scratch_file"]
 
 HOLDS_FOR = "compressed-tensors>=0.19,<0.20"
+
+# Their weights come out in bfloat16, whatever the model is in. MXFP4 inherits from NVFP4.
+_IN_BFLOAT16: tuple[type[BaseCompressor], ...] = (NVFP4PackedCompressor, MXFP8QuantizationCompressor)
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:
@@ -72,3 +78,41 @@ def _each_token(compute: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Ca
         return scale[0], zero_point[0]
 
     return scales
+
+
+Decode = Callable[[dict[str, torch.Tensor], QuantizationScheme, torch.dtype], torch.Tensor]
+
+
+def decompress_in(compressor: ModelCompressor, dtype: torch.dtype, decode: Decode) -> None:
+    """Let a model's compressor give FP4 and MX weights the dtype that the rest of the model has.
+
+    compressed-tensors has no argument for it, and a model in another dtype than bfloat16 ends at its first Linear.
+
+    :param decode: from the tensors of a compressed Linear, by local name, to its weight
+    """
+    if dtype == torch.bfloat16:
+        return
+    decompress_model = compressor.decompress_model
+
+    def in_dtype(original: classmethod) -> classmethod:
+        def decompress(
+            cls: type[BaseCompressor], stored: dict[str, torch.Tensor], scheme: QuantizationScheme
+        ) -> dict[str, torch.Tensor]:
+            # Scales stay upstream's: it compresses by them when the model is saved again.
+            plain = original.__func__(cls, stored, scheme)
+            return plain | {"weight": decode(stored, scheme, dtype)}
+
+        return classmethod(decompress)
+
+    @functools.wraps(decompress_model)
+    def decompress(model: torch.nn.Module) -> None:
+        originals = {cls: vars(cls)["decompress"] for cls in _IN_BFLOAT16}
+        for cls, original in originals.items():
+            cls.decompress = in_dtype(original)
+        try:
+            decompress_model(model)
+        finally:
+            for cls, original in originals.items():
+                cls.decompress = original
+
+    compressor.decompress_model = decompress

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors import ModelCompressor
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
@@ -15,7 +15,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 __all__ = ["needs_no_initialization", "prepared_before_weights"]
 
-Prepare = Callable[[PreTrainedModel, QuantizationConfig, list[str]], list[WeightTransform] | None]
+Prepare = Callable[[PreTrainedModel, ModelCompressor, list[str]], list[WeightTransform] | None]
 
 
 @contextlib.contextmanager
@@ -27,8 +27,9 @@ def prepared_before_weights(
     transformers decompresses the experts of a checkpoint while it stacks them, and knows one scheme for all
     of them. It has no hook before its quantizer lays out the modules that receive the tensors.
 
-    :param prepare: from the model (on the meta device), its quantization config (may be changed) and the
-        checkpoint's files to the conversions that are needed now, or None if the model stays as it is
+    :param prepare: from the model (on the meta device), what decompresses it (its quantization config may be
+        changed) and the checkpoint's files to the conversions that are needed now, or None if the model stays as
+        it is
     :param is_obsolete: whether a conversion of the family no longer applies to a changed model
     """
     before = CompressedTensorsHfQuantizer._process_model_before_weight_loading
@@ -37,7 +38,7 @@ def prepared_before_weights(
     @functools.wraps(before)
     def process(self: CompressedTensorsHfQuantizer, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []
-        self._needed_conversions = prepare(model, self.compressor.quantization_config, files)
+        self._needed_conversions = prepare(model, self.compressor, files)
         before(self, model, **kwargs)
 
     @functools.wraps(convert)
