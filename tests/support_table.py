@@ -43,6 +43,7 @@ SERVED = (
     "granitemoe",
     "gpt_oss",
     "llama4_text",
+    "deepseek",
     "deepseek_v2",
     "deepseek_v3",
 )
@@ -161,7 +162,8 @@ def render(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Which models work",
         "",
-        f"Every family of transformers {transformers.__version__} that uses the experts interface, built "
+        f"Every family of transformers {transformers.__version__} that uses the experts interface, and "
+        "DeepSeek-MoE (`deepseek`), whose class this package brings, built "
         f"tiny with random weights and really cut, "
         "saved, checked and reloaded: logits of the reloaded model equal those of the model in memory, and "
         "those of the untouched model "

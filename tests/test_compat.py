@@ -79,6 +79,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe import compat
+from llmcompressor_moe.architectures import DeepseekForCausalLM
 from llmcompressor_moe.compat.compressed_tensors import caches_of, decompress_in, is_offloaded, scratch_file
 from llmcompressor_moe.compat.llmcompressor import calibration
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
@@ -98,8 +99,15 @@ from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.compat.llmcompressor.training import active, training_session
 from llmcompressor_moe.compat.lm_eval import yaml_loader
 from llmcompressor_moe.compat.peft import adapt_exactly
-from llmcompressor_moe.compat.transformers.building import blocks_built_by, build, class_for, initialize
+from llmcompressor_moe.compat.transformers.building import (
+    blocks_built_by,
+    build,
+    class_for,
+    class_named,
+    initialize,
+)
 from llmcompressor_moe.compat.transformers.conversions import (
+    convert_like,
     own_conversions,
     own_mappings,
     save_by,
@@ -137,6 +145,7 @@ PUBLIC = {
     "_last_lr",
 }
 
+DEFINED_BY_MODELS = {"_no_split_modules", "_can_record_outputs", "_init_weights"}
 
 ATTRIBUTE_FUNCTIONS = ("getattr", "hasattr", "setattr", "delattr", "patch_attr")
 
@@ -241,7 +250,8 @@ def violations(tree: ast.Module) -> Iterator[str]:
             )
         elif isinstance(node, ast.Attribute):
             base = root(node.value)
-            if private(node.attr) and node.attr not in PUBLIC:
+            extends = ast.unparse(node.value) == "super()" and node.attr in DEFINED_BY_MODELS
+            if private(node.attr) and node.attr not in PUBLIC and not extends:
                 ours = node.attr in own_names() and base not in theirs
                 if not ours or (base not in ("self", "cls") and node.attr in upstream_private_names()):
                     yield f"{node.lineno}: {ast.unparse(node)}"
@@ -307,6 +317,7 @@ def test_nothing_else_uses_private_names_or_patches() -> None:
         "import transformers.trainer as t\nwith patch_attr(t, 'Trainer', None): pass",
         "import llmcompressor.core\ndel llmcompressor.core.Event",
         "gptq._num_samples",
+        "model._init_weights(module)",
     ],
 )
 def test_the_rule_sees(source: str) -> None:
@@ -325,6 +336,8 @@ def test_no_class_of_ours_overrides_a_private_name() -> None:
             names = {name for base in bases for name in vars(base) if private(name) and name[1] != "_"}
             # Abstract base classes and pydantic keep books in every class.
             names = {name for name in names if not name.startswith(("_abc_", "_pydantic"))}
+            if issubclass(cls, PreTrainedModel):
+                names -= DEFINED_BY_MODELS
             found += [f"{module.name}.{cls.__name__}.{name}" for name in names & set(vars(cls))]
     assert not found
 
@@ -484,6 +497,17 @@ def test_registered_conversions_hide_a_familys_own() -> None:
     assert before is None or before is conversion_mapping._checkpoint_conversion_mapping_cache
 
 
+def test_registered_conversions_are_not_restored_but_those_like_anothers_are() -> None:
+    assert own_conversions("deepseek") is not None
+    conversion_mapping.register_checkpoint_conversion_mapping("unheard_of", own_conversions("mixtral"))
+    assert own_conversions("unheard_of") is None, "`convert_like` needs no private name"
+    convert_like("unheard_of", "mixtral")
+    assert len(own_conversions("unheard_of")) == len(own_conversions("mixtral"))
+    del conversion_mapping._MODEL_TO_CONVERSION_PATTERN["unheard_of"]
+    del conversion_mapping._checkpoint_conversion_mapping_cache["unheard_of"]
+    conversion_mapping.USER_REGISTERED_MAPPINGS.remove("unheard_of")
+
+
 def test_saving_reverses_what_a_model_was_loaded_by() -> None:
     model = tiny_models.build("mixtral", num_layers=1)
     save_by(model, [])
@@ -571,6 +595,9 @@ def test_classes_know_how_to_build_themselves() -> None:
     assert not hasattr(MixtralForCausalLM, "from_config"), "`build` can go"
     assert class_for(AutoModelForCausalLM, MixtralConfig) is MixtralForCausalLM
     assert class_for(AutoModelForCausalLM, PreTrainedConfig) is None
+    assert class_named("MixtralForCausalLM") is MixtralForCausalLM
+    assert class_named("DeepseekForCausalLM") is DeepseekForCausalLM
+    assert class_named("AutoModelForCausalLM") is None and class_named("") is None
 
 
 def test_models_say_whether_experts_can_be_chosen() -> None:

@@ -32,6 +32,17 @@ def test_size_is_that_of_the_published_files(name):
     assert inspection.nbytes_in(inspection.schemes[0]) == nbytes
 
 
+def test_deepseek_moe_has_the_parameters_that_its_authors_state():
+    """16.38 billion, of which 2.8 are active: https://huggingface.co/deepseek-ai/deepseek-moe-16b-base."""
+    inspection = inspect_model(CONFIGS / "DeepSeek-MoE-16B-base")
+    assert (inspection.architecture, inspection.blocks) == ("DeepseekForCausalLM", 28)
+    assert {(layer.experts, layer.top_k, layer.shared_experts) for layer in inspection.moe_layers} == {
+        (64, 6, True)
+    }
+    assert round(inspection.parameters / 1e9, 2) == 16.38
+    assert round(inspection.active_parameters / 1e9, 1) == 2.8
+
+
 def test_every_model_has_a_table():
     assert sorted(tables_in(DOCUMENT.read_text())) == sorted(model.config for model in MODELS)
 

@@ -24,9 +24,9 @@ CASES = {
     "mixtral-8x7b-block-drop": ("mixtral", {"num_layers": 7}, [8] * 2),
     "mixtral-8x7b-expert-drop": ("mixtral", {}, [6] * 4),
     "mixtral-8x7b-half-the-experts": ("mixtral", {}, [4] * 4),
-    "deepseek-layer-drop": ("deepseek_v2", {"num_layers": 6, "topk_method": "greedy"}, [8]),
-    "deepseek-block-drop": ("deepseek_v2", {"num_layers": 7, "topk_method": "greedy"}, None),
-    "deepseek-expert-drop": ("deepseek_v2", {"num_experts": 64, "topk_method": "greedy"}, [48] * 3),
+    "deepseek-layer-drop": ("deepseek", {"num_layers": 6}, [8]),
+    "deepseek-block-drop": ("deepseek", {"num_layers": 7}, None),
+    "deepseek-expert-drop": ("deepseek", {"num_experts": 64}, [48] * 3),
     "reap": ("olmoe", {}, [4] * 4),
     "combined-w4a16": ("qwen3_moe", {"num_layers": 8, **WIDE}, [6] * 7),
     "mixtral-8x7b-trim-and-slim": (

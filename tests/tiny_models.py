@@ -24,11 +24,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+import llmcompressor_moe.architectures  # noqa: F401  (the Auto classes find `BROUGHT` then)
+
 VOCAB = 128
 HIDDEN = 64
 
 # MoE families that transformers has not moved to the experts interface: modeling package -> experts classes.
 WITHOUT_INTERFACE = {"llama4": ("Llama4TextExperts",)}
+
+# Families that the package brings because transformers has no class for them: model_type -> its module and the
+# classes of its experts.
+BROUGHT = {"deepseek": ("llmcompressor_moe.architectures.deepseek", ("Qwen2MoeExperts",))}
 
 # What the rule cannot know: model_type of the text config -> field -> value, or a function of the
 # number of layers.
@@ -165,7 +171,8 @@ def _model_type(package: str) -> str:
 
 @functools.cache
 def families() -> list[Family]:
-    """Every family of the installed transformers that uses the experts interface, sorted by package."""
+    """Every family of the installed transformers that uses the experts interface, sorted by package, then those
+    of `BROUGHT`."""
     root = pathlib.Path(transformers.__file__).parent / "models"
     found = []
     for path in sorted(root.glob("*/modeling_*.py")):
@@ -174,7 +181,7 @@ def families() -> list[Family]:
         if experts:
             module = f"transformers.models.{package}.{path.stem}"
             found.append(Family(_model_type(package), module, experts))
-    return found
+    return found + [Family(model_type, *where) for model_type, where in BROUGHT.items()]
 
 
 def unbuildable() -> dict[str, str]:

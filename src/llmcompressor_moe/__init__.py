@@ -5,6 +5,7 @@ Importing this package registers its modifiers, so that YAML recipes can name th
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
+import llmcompressor_moe.architectures  # noqa: F401
 from llmcompressor_moe.checkpoint.opened import is_opened
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.compat.compressed_tensors import scale_each_token

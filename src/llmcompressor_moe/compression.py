@@ -22,6 +22,7 @@ from llmcompressor.utils.dev import get_main_device
 from pydantic import BaseModel, SerializeAsAny
 from safetensors import SafetensorError
 
+from llmcompressor_moe.architectures import is_brought
 from llmcompressor_moe.calibration import calibration_samples
 from llmcompressor_moe.check import CheckReport, IllegalCheckpointError, check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError, check_can_write, unfinished_in
@@ -68,7 +69,8 @@ class CompressionSummary(BaseModel):
     :param bytes_before: bytes of the weight files
     :param reports: one per modifier of this package, in order
     :param check: the verdict on the new checkpoint
-    :param needs_plugin: whether vLLM needs the plugin for it, and transformers `load_trimmed_moe`
+    :param needs_plugin: whether vLLM needs the plugin for it, because layers differ or for its config, and
+        transformers `load_trimmed_moe`
     :param calibration_tokens: 0 when no data was used
     :param seconds: wall-clock time of everything
     """
@@ -258,7 +260,9 @@ def compress(
         bytes_after=after.on_disk or after.nbytes,
         reports=getattr(loaded, "_trim_history", []),
         check=check,
-        needs_plugin=bool(after.dropped_moe_layers) or len({layer.experts for layer in after.moe_layers}) > 1,
+        needs_plugin=is_brought(after.model_type)
+        or bool(after.dropped_moe_layers)
+        or len({layer.experts for layer in after.moe_layers}) > 1,
         calibration_tokens=tokens,
         seconds=time.perf_counter() - started,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
 from compressed_tensors.offload import dispatch_model
 from compressed_tensors.quantization import QuantizationConfig, disable_quantization
 from llmcompressor.utils.dev import get_main_device
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llmcompressor_moe.checkpoint.opened import open_model
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.checkpoint.rounding import round_activations
+from llmcompressor_moe.compat.transformers.building import class_named
 from llmcompressor_moe.inspection import inspect_model, read_config
 
 __all__ = [
@@ -41,7 +41,7 @@ def load_model(path: str | Path, dtype: str = "auto", architecture: str | None =
     architecture = architecture or inspect_model(path, schemes=()).architecture
     with load_trimmed_moe():
         try:
-            model, found = getattr(transformers, architecture).from_pretrained(
+            model, found = class_named(architecture).from_pretrained(
                 path, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except (RuntimeError, SafetensorError) as error:

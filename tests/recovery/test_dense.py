@@ -51,6 +51,7 @@ SIBLINGS = {
     "cohere2_moe": ("cohere2", NORMALIZED),
     "dots1": ("qwen3", NORMALIZED),
     "solar_open": ("llama", NORMALIZED),
+    "deepseek": ("llama", NORMALIZED),
     "qwen3_5_moe_text": ("qwen3_5_text", {}),
     "deepseek_v2": ("deepseek_v2", {"n_group": 1, "topk_group": 1}),
     "deepseek_v3": ("deepseek_v3", NORMALIZED),

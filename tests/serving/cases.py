@@ -24,6 +24,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     # vLLM's KV blocks, 32 tokens at least on a CPU, must divide a chunk.
     "llama4_text": {"attention_chunk_size": 32},
+    "deepseek": {},
     "deepseek_v2": {},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }

@@ -2,15 +2,18 @@
 
 import logging
 
+from llmcompressor_moe_vllm.deepseek import register_config
+
 logger = logging.getLogger("vllm.llmcompressor_moe")
 
 
 def register() -> None:
-    """Wrap the functions of vLLM that build models. Calling it again changes nothing.
+    """Register configs, and wrap the functions of vLLM that build models. Calling it again changes nothing.
 
     A vLLM without these functions is left alone, with a warning: it refuses checkpoints with differing
     layers itself, and must still serve all others.
     """
+    register_config()
     try:
         from vllm.model_executor.model_loader import utils as loading
         from vllm.model_executor.models import utils as models

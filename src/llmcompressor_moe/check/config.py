@@ -144,7 +144,7 @@ def parse_config(path: Path, raw: dict[str, Any], findings: Findings) -> ReadCon
         findings.note(
             "remote-code",
             "auto_map",
-            f"the checkpoint brings code; it was checked against transformers' own {parsed.model_type}",
+            f"the checkpoint brings code, which was not run; {type(parsed).__name__} and its model were used",
         )
     return config
 

@@ -8,13 +8,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.naming import Naming, find_naming, saved_state
-from llmcompressor_moe.compat.transformers.building import build, class_for
+from llmcompressor_moe.compat.transformers.building import build, class_for, class_named
 from llmcompressor_moe.topology import MoELayer, NotAnMoEError, Topology, find_topology
 
 # Names under which llm-compressor linearizes experts, whatever the family calls them.
@@ -90,8 +89,8 @@ def model_class(config: ReadConfig) -> type[PreTrainedModel] | None:
     """The transformers class that `architectures` names, else the one that the config maps to."""
     names = config.raw.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
-        found = getattr(transformers, names[0], None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        found = class_named(names[0])
+        if found is not None:
             return found
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         found = class_for(auto, type(config.parsed))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from compressed_tensors.distributed import get_source_rank, is_distributed, is_source_process
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from llmcompressor.utils.dev import get_main_device
@@ -31,7 +30,7 @@ from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
 from llmcompressor_moe.checkpoint.sources import Leaf, Source, recorded_copies
 from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
-from llmcompressor_moe.compat.transformers.building import build, initialize
+from llmcompressor_moe.compat.transformers.building import build, class_named, initialize
 from llmcompressor_moe.topology import MoELayer, expert_modules, find_topology, text_config
 
 __all__ = ["OpenedCheckpoint", "OpenedModule", "open_model", "opened_from", "opened_module"]
@@ -219,7 +218,7 @@ def _take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = class_named((config.architectures or [""])[0])
     if architecture is None:
         raise ValueError(
             f"architectures={config.architectures} is not a class of the installed transformers."

@@ -177,7 +177,7 @@ def render(summary: "CompressionSummary", console: Console) -> None:
     console.print(Text("next:", style="bold"))
     if summary.needs_plugin:
         console.print(
-            Text("  pip install --no-deps ./serving    # once, in vLLM's environment: layers differ"),
+            Text("  pip install --no-deps ./serving    # once, in vLLM's environment"),
             soft_wrap=True,
         )
     console.print(Text(f"  {summary.serve_command}"), soft_wrap=True)

@@ -12,6 +12,8 @@ Names that count as public, because models and modules of others have to define 
   ``_keep_in_fp32_modules_strict``, ``_keys_to_ignore_on_save``, ``_keys_to_ignore_on_load_unexpected``,
   ``_keys_to_ignore_on_load_missing``,
   ``_name_or_path``
+- of a model class of our own, to define them and to call the one that they extend: ``_no_split_modules``,
+  ``_can_record_outputs``, ``_init_weights``
 - of torch: ``_parameters``, ``_buffers``, ``_modules``, ``_forward_hooks``, ``_forward_pre_hooks``,
   ``_non_persistent_buffers_set`` of a module, ``_last_lr`` of a learning-rate schedule
 """

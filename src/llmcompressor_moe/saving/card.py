@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from llmcompressor_moe.architectures import is_brought
 from llmcompressor_moe.report import ModifierReport, shown_path
 from llmcompressor_moe.surgery.config import per_layer_overrides
 
@@ -66,6 +67,14 @@ def write_model_card(
         lines += [
             "For research: vLLM cannot serve it (schemes that it has no method for, or several in a layer).",
             "In transformers load it inside `llmcompressor_moe.load_trimmed_moe()`.",
+        ]
+    elif uniform and is_brought(config.model_type):
+        lines += [
+            f"vLLM and transformers have no class for configs of model_type `{config.model_type}`:",
+            "",
+            "- vLLM: install `llmcompressor-moe-vllm` beside it; nothing else changes.",
+            "- transformers: `with llmcompressor_moe.load_trimmed_moe(): "
+            "AutoModelForCausalLM.from_pretrained(...)`.",
         ]
     elif uniform and quantized_experts:
         lines += [

@@ -112,8 +112,10 @@ def _write(
 
 
 def _describe_stored(config: dict[str, Any], model: PreTrainedModel, opened: OpenedCheckpoint) -> None:
-    """What a config says of how weights are stored."""
+    """What a config says of how weights are stored, and of code."""
     describe_stored_quantization(config, model, opened)
+    # The code that it names is not carried along; transformers' classes, or ours, built the model.
+    config.pop("auto_map", None)
     for level in (config, config.get("text_config") or {}):
         for name in ("dtype", "torch_dtype"):
             if name in level and opened.dtype is not None:

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["blocks_built_by", "build", "class_for", "initialize"]
+__all__ = ["blocks_built_by", "build", "class_for", "class_named", "initialize"]
 
 Init = Callable[..., None]
 
@@ -91,3 +92,13 @@ def class_for(auto: type, config: type[PreTrainedConfig]) -> type[PreTrainedMode
     """
     found = auto._model_mapping.get(config, None)
     return found[0] if isinstance(found, tuple) else found
+
+
+def class_named(name: str) -> type[PreTrainedModel] | None:
+    """The model class that an entry of a config's ``architectures`` names; None where there is none.
+
+    Of transformers itself, or registered with `AutoModelForCausalLM`, which finds classes by configs only.
+    """
+    registered = {cls.__name__: cls for cls in AutoModelForCausalLM._model_mapping._extra_content.values()}
+    found = getattr(transformers, name, None) or registered.get(name)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

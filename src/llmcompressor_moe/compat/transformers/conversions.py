@@ -10,7 +10,19 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import WeightTransform
 
-__all__ = ["own_conversions", "own_mappings", "save_by", "source_patterns"]
+__all__ = ["convert_like", "own_conversions", "own_mappings", "save_by", "source_patterns"]
+
+
+def convert_like(model_type: str, other: str) -> None:
+    """Give a family of our own the conversions of another, as transformers' own families share theirs.
+
+    The public function makes transformers apply them to classes outside of itself. What it registers is not among
+    the conversions that transformers defines, so nothing could restore it once others have overwritten it.
+    """
+    conversion_mapping._MODEL_TO_CONVERSION_PATTERN[model_type] = other
+    conversion_mapping.register_checkpoint_conversion_mapping(
+        model_type, own_conversions(model_type), overwrite=True
+    )
 
 
 def own_conversions(model_type: str) -> list[WeightTransform] | None:

@@ -66,6 +66,7 @@ _TABLE = {
     "hunyuan_v1_moe": _Entry("hunyuan_v1_dense"),
     "dots1": _Entry("qwen3"),
     "solar_open": _Entry("llama"),
+    "deepseek": _Entry("llama"),
     # Latent attention has no dense sibling that vLLM serves; these families know dense blocks themselves.
     "deepseek_v2": _Entry("deepseek_v2", all_dense="first_k_dense_replace"),
     "deepseek_v3": _Entry("deepseek_v3", all_dense="first_k_dense_replace"),
