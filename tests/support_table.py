@@ -22,7 +22,7 @@ from cut_by_hand import moe_layers, unroutable, zeroed
 from transformers import PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
-from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.families import exception_for, refused_families
 from llmcompressor_moe.topology import find_topology
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "support.md"
@@ -189,7 +189,14 @@ def render(rows: dict[str, dict[str, str]]) -> str:
             {*expected_reasons(model_type).values(), *filter(None, [UPSTREAM_LIMITS.get(model_type)])}
         )
         notes += [f"- `{model_type}`: {reason}." for reason in why]
-    lines += ["", "## Why not", "", *notes, "", "## Not built", ""]
+    lines += ["", "## Why not", "", *notes, "", "## Refused", ""]
+    lines += [
+        "These Mixture-of-Experts families of transformers do not follow the experts interface. `inspect` and "
+        "`compress` refuse them, from the config alone. vLLM has no class for Switch Transformers and NLLB-MoE.",
+        "",
+    ]
+    lines += [f"- `{name}`: {reason}." for name, reason in sorted(refused_families().items())]
+    lines += ["", "## Not built", ""]
     lines += [f"- `{name}`: {reason}." for name, reason in sorted(tiny_models.unbuildable().items())]
     return "\n".join(lines) + "\n"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import support
 import support_table
 import tiny_models
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcompressor_moe import BlockDropModifier
+from llmcompressor_moe.families import refused_families
+from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.topology import NotAnMoEError, find_topology
 
 
@@ -40,6 +44,28 @@ def test_topology_is_found(model_type: str) -> None:
             children = {name for name, _ in model.get_submodule(layer.module).named_children()}
             has_shared = any("shared" in name and "gate" not in name for name in children)
             assert bool(layer.shared_experts) == has_shared
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "SwitchTransformersForConditionalGeneration",
+        "NllbMoeForConditionalGeneration",
+        "DbrxForCausalLM",
+        "JetMoeForCausalLM",
+        "LongcatFlashForCausalLM",
+        "Step3p7ForConditionalGeneration",
+    ],
+)
+def test_families_without_the_interface_are_refused_from_their_config(
+    architecture: str, tmp_path: Path
+) -> None:
+    config = getattr(transformers, architecture).config_class()
+    reason = refused_families()[config.get_text_config(decoder=True).model_type]
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(NotAnMoEError, match=f"cannot be trimmed: {re.escape(reason)}"):
+        inspect_model(tmp_path)
 
 
 def test_dense_model_is_told_apart() -> None:

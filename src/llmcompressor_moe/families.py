@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MTP_COUNTS", "MTP_SWITCHES", "FamilyException", "exception_for"]
+__all__ = ["MTP_COUNTS", "MTP_SWITCHES", "FamilyException", "exception_for", "refused_families"]
 
 # How configs announce multi-token-prediction (MTP) layers: by their number, and some by a switch beside it.
 # transformers leaves those layers out, so a model's structure tells nothing of them.
@@ -38,6 +38,7 @@ class FamilyException:
         layers and 16-bit ones in others, if so
     :param router_scores: the function by which its routers score experts ("softmax"), where the weights that they
         return follow from no function of the logits alone
+    :param refuse: reason why nothing of this family can be trimmed, if so
     """
 
     refuse_layer_drop: str | None = None
@@ -48,6 +49,7 @@ class FamilyException:
     refuse_quantized_experts: str | None = None
     refuse_partly_quantized: str | None = None
     router_scores: str | None = None
+    refuse: str | None = None
 
 
 _READS_COUNT_ITSELF = (
@@ -70,6 +72,9 @@ _HANDED_ON = "its routers hand a state from block to block, which a missing bloc
 _TWO_KINDS = (
     "its config counts the experts for text and those for images with one number, and calibration on text reaches "
     "only the former"
+)
+_ENCODER_DECODER = (
+    "it is an encoder-decoder with MoE layers in both stacks, and `per_layer_config` describes one stack"
 )
 _PLACE_MATTERS = (
     "the decay of its linear attention depends on a block's place among all blocks, so every block after "
@@ -102,9 +107,31 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     # over those whose logits are close to its own.
     "phimoe": FamilyException(router_scores="softmax"),
     "minimax": FamilyException(refuse_block_drop=_PLACE_MATTERS),
+    "switch_transformers": FamilyException(refuse=_ENCODER_DECODER),
+    "nllb-moe": FamilyException(refuse=_ENCODER_DECODER),
+    "dbrx": FamilyException(
+        refuse="it stores the experts of a layer as one matrix for each projection, and counts them in "
+        "`ffn_config`, where `per_layer_config` cannot reach"
+    ),
+    "jetmoe": FamilyException(
+        refuse="its attention is a mixture of experts as well, which shares their number with the feed-forward"
+    ),
+    "longcat_flash": FamilyException(
+        refuse="its routers also choose zero experts, which return their input and have no weights, and each of "
+        "its blocks counts as two layers"
+    ),
+    "step3p5": FamilyException(
+        refuse="its experts clamp their activations by a limit of their layer, which linearized experts of "
+        "llm-compressor 0.14 do not know"
+    ),
 }
 
 
 def exception_for(model_type: str) -> FamilyException:
     """Return the table's entry for a ``model_type``; families that keep all rules get an empty one."""
     return _EXCEPTIONS.get(model_type, FamilyException())
+
+
+def refused_families() -> dict[str, str]:
+    """Families of which nothing can be trimmed: ``model_type`` -> reason."""
+    return {name: found.refuse for name, found in _EXCEPTIONS.items() if found.refuse is not None}

@@ -19,7 +19,7 @@ from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.parts import EMBEDDINGS, EXPERTS, HEAD, PARTS, ROUTER, SHARED, block_of, part_of
 from llmcompressor_moe.quantization.schemes import UNQUANTIZED, SchemeSpec
 from llmcompressor_moe.slimming import DEFAULT_SCHEMES, SchemeSize, expert_linears, linears_of, scheme_sizes
-from llmcompressor_moe.topology import Block, Topology, find_topology
+from llmcompressor_moe.topology import Block, Topology, check_family, find_topology
 
 __all__ = [
     "MoELayerSize",
@@ -169,6 +169,7 @@ def inspect_model(
     :raises NotAnMoEError: the model has no MoE layer
     """
     config = read_config(path)
+    check_family(config.parsed)
     root = _root(path)
     cls = model_class(config)
     if cls is None:

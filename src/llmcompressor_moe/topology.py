@@ -18,11 +18,14 @@ from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_li
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmcompressor_moe.families import exception_for
+
 __all__ = [
     "Block",
     "MoELayer",
     "NotAnMoEError",
     "Topology",
+    "check_family",
     "expert_count_attributes",
     "expert_modules",
     "find_topology",
@@ -121,14 +124,26 @@ def expert_modules(experts: nn.Module) -> list[nn.Module]:
     return [child for child in experts.children() if isinstance(child, ExpertMLP)]
 
 
+def check_family(config: PreTrainedConfig) -> None:
+    """Refuse families of which nothing can be trimmed.
+
+    :raises NotAnMoEError: the table of exceptions has a reason
+    """
+    model_type = text_config(config).model_type
+    reason = exception_for(model_type).refuse
+    if reason is not None:
+        raise NotAnMoEError(f"Models of model_type {model_type!r} cannot be trimmed: {reason}.")
+
+
 def find_topology(model: PreTrainedModel) -> Topology:
     """Find the blocks of a model and, in each, the MoE layer.
 
     :param model: any transformers model, on any device (meta as well), linearized or not
-    :raises NotAnMoEError: no module of the model follows the experts interface, or MoE layers stand in more
-        than one stack of blocks
+    :raises NotAnMoEError: no part of the family can be trimmed, no module of the model follows the experts
+        interface, or MoE layers stand in more than one stack of blocks
     """
     config = text_config(model.config)
+    check_family(config)
     by_stack: dict[str, dict[int, list[str]]] = {}
     for path, _ in [*get_non_linearized_moes(model), *get_linearized_moes(model)]:
         place = _place_in_stack(model, path)
