@@ -39,7 +39,7 @@ from llmcompressor.core import CompressionLifecycle, active_session, session_fun
 from llmcompressor.core.events import Event, EventType
 from llmcompressor.core.session import CompressionSession
 from llmcompressor.entrypoints.oneshot import Oneshot
-from llmcompressor.modeling.moe import helpers, linear_experts
+from llmcompressor.modeling.moe import helpers, linear_experts, linearize
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, linearize_moe, load_quantizable_moe
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
@@ -76,6 +76,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
     HeterogeneousConfigMixin,
     _PerLayerConfigView,
 )
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from llmcompressor_moe import compat
@@ -635,6 +636,16 @@ def test_the_trainer_takes_no_callback_for_them() -> None:
 
 
 # llm-compressor: linearized experts
+
+
+def test_step_has_experts_without_the_decorator_and_a_limit_of_their_layer() -> None:
+    assert upstream_own(helpers.get_use_experts_implementation_args)(Step3p7Experts) is None
+    model = tiny_models.build("step3p7")
+    linearize_moe(model)
+    limits = [experts.limit for _, experts in linearize.get_linearized_moes(model)]
+    assert limits == [float("inf"), float("inf"), 0.5]
+    plain = linear_experts.MoEConfig.from_config(model.config.get_text_config())
+    assert plain.limit is None, "llm-compressor knows the limit"
 
 
 def test_llama4_is_linearized_as_a_part_only() -> None:

@@ -54,7 +54,6 @@ def test_topology_is_found(model_type: str) -> None:
         "DbrxForCausalLM",
         "JetMoeForCausalLM",
         "LongcatFlashForCausalLM",
-        "Step3p7ForConditionalGeneration",
     ],
 )
 def test_families_without_the_interface_are_refused_from_their_config(

@@ -30,7 +30,7 @@ VOCAB = 128
 HIDDEN = 64
 
 # MoE families that transformers has not moved to the experts interface: modeling package -> experts classes.
-WITHOUT_INTERFACE = {"llama4": ("Llama4TextExperts",)}
+WITHOUT_INTERFACE = {"llama4": ("Llama4TextExperts",), "step3p7": ("Step3p7Experts",)}
 
 # Families that the package brings because transformers has no class for them: model_type -> its module and the
 # classes of its experts.
@@ -98,6 +98,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 32,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
+    },
+    "step3p5": {
+        "share_expert_dim": HIDDEN,
+        "layer_types": lambda n: cycle(("full_attention", "sliding_attention"), n),
+        # the last layer clamps its experts
+        "swiglu_limits": lambda n: [None] * (n - 1) + [0.5],
+        "swiglu_limits_shared": lambda n: [None] * (n - 1) + [0.5],
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }

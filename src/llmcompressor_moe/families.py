@@ -99,6 +99,10 @@ _EXCEPTIONS: dict[str, FamilyException] = {
         position_period=2,
         refuse_quantized_experts="vLLM 0.32 loads experts that compressed-tensors packed into other values",
     ),
+    "step3p5": FamilyException(
+        refuse_quantized_experts="vLLM 0.32 reads single experts of this family under `moe.experts`, and this "
+        "version writes them under `mlp.experts`"
+    ),
     "llama4_text": FamilyException(
         refuse_partly_quantized="vLLM 0.32 expects either single experts or fused ones in all layers, and "
         "those in 16 bit are stored fused"
@@ -119,10 +123,6 @@ _EXCEPTIONS: dict[str, FamilyException] = {
     "longcat_flash": FamilyException(
         refuse="its routers also choose zero experts, which return their input and have no weights, and each of "
         "its blocks counts as two layers"
-    ),
-    "step3p5": FamilyException(
-        refuse="its experts clamp their activations by a limit of their layer, which linearized experts of "
-        "llm-compressor 0.14 do not know"
     ),
 }
 

@@ -70,6 +70,10 @@ def empty_fused(experts: LinearExperts2D, fused_cls: type[nn.Module], config: Pr
     # Upstream's split reads these; the decorator of transformers sets them on most families, but not on all.
     for flag in ("is_transposed", "has_bias"):
         setattr(empty, flag, getattr(type(experts), flag))
+    # A layer's own bound of activations, which no config of a layer says (Step-3.7).
+    limit = getattr(experts, "limit", None)
+    if limit is not None and hasattr(empty, "limit"):
+        empty.limit = limit
     return empty
 
 

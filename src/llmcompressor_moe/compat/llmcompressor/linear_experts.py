@@ -27,6 +27,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from llmcompressor_moe.compat.transformers.conversions import own_conversions, save_by
 
@@ -54,8 +55,26 @@ class _Llama4TextLinearExperts(Llama4LinearExperts):
         return linear
 
 
+class _Step3p7LinearExperts(LinearExperts2D):
+    """Experts that follow the interface without its decorator, and clamp activations by a limit of their layer."""
+
+    is_concatenated = True
+    is_transposed = False
+    has_bias = False
+    has_gate = True
+    _apply_gate = Step3p7Experts._apply_gate
+
+    @classmethod
+    def from_experts_module(cls, experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+        for flag in ("is_concatenated", "is_transposed", "has_bias", "has_gate"):
+            setattr(experts, flag, getattr(cls, flag))
+        linear = super().from_experts_module(experts, getattr(config, "text_config", config))
+        linear.limit = experts.limit
+        return linear
+
+
 def register_linearizations() -> None:
-    """Make `oneshot` linearize Llama 4 by the class of this module, and all experts in the dtype that they have.
+    """Make `oneshot` linearize Llama 4 and Step-3.7 by the classes of this module, and all experts in their dtype.
 
     llm-compressor's own class for Llama 4 reads ``config.text_config``, which a text-only model has not, takes the
     expert count of the whole model, and does not say what class the experts had. All of its classes make experts
@@ -75,6 +94,7 @@ def register_linearizations() -> None:
     if not hasattr(from_experts, "_keeps_settings"):
         LinearExperts2D.from_experts_module = classmethod(_with_settings(from_experts))
     LinearExperts2D._registry[Llama4TextExperts] = _Llama4TextLinearExperts
+    LinearExperts2D._registry[Step3p7Experts] = _Step3p7LinearExperts
     for kind in (ExpertMLPWithGate, ExpertMLPWithoutGate, GptOssExpertMLP):
         if not hasattr(kind.copy_from_experts_module, "__wrapped__"):
             kind.copy_from_experts_module = _in_its_dtype(kind.copy_from_experts_module)
