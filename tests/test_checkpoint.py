@@ -241,11 +241,13 @@ def _fail(*_: Any, **__: Any) -> None:
 
 
 @st.composite
-def linears(draw: st.DrawFn) -> tuple[set[str], set[str]]:
-    """Names of all Linears of a model whose layers differ, and those of them that get a scheme: single ones, whole
-    layers, single experts, and the first so many experts of a layer.
+def linears(draw: st.DrawFn) -> tuple[set[str], set[str], str]:
+    """Names of all Linears of a model whose layers differ, those of them that get a scheme (single ones, whole
+    layers, single experts, and the first so many experts of a layer), and the path of the layers. Beside them is
+    a tower with layers of the same names.
     """
     prefix = draw(st.sampled_from(["model.layers", "model.language_model.layers", "transformer.layers"]))
+    tower = draw(st.sampled_from(["vision_model.model.layers", "model.audio_tower.layers", "visual.layers"]))
     experts_in = draw(st.sampled_from(["mlp.experts", "block_sparse_moe.experts", "feed_forward.experts"]))
     inside = draw(st.sampled_from([("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"), ("proj",)]))
     among, names = {"lm_head", "model.embed.proj"}, set()
@@ -258,20 +260,20 @@ def linears(draw: st.DrawFn) -> tuple[set[str], set[str]]:
             expert: [f"{prefix}.{layer}.{experts_in}.{expert}.{name}" for name in inside]
             for expert in experts
         }
-        among.update(plain, *of.values())
+        among.update(plain, *of.values(), [name.replace(prefix, tower) for name in plain])
         names.update(draw(st.lists(st.sampled_from(plain), unique=True)))
         first = draw(st.sampled_from([0, len(experts), draw(st.integers(0, len(experts)))]))
         some = draw(st.lists(st.sampled_from(experts), unique=True)) if experts else []
         chosen = draw(st.sampled_from([experts[:first], some]))
         for expert in chosen:
             names.update(draw(st.sampled_from([of[expert], of[expert][:1]])))
-    names.update(draw(st.sampled_from([[], ["lm_head"]])))
-    return names, among
+    names.update(draw(st.sampled_from([[], ["lm_head"], sorted(n for n in among if n.startswith(tower))])))
+    return names, among, prefix
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(linears())
-@example((set(), {"lm_head"}))
+@example((set(), {"lm_head"}, "model.layers"))
 @example(
     (
         {f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in (1, 11)},
@@ -280,11 +282,12 @@ def linears(draw: st.DrawFn) -> tuple[set[str], set[str]]:
             for layer in (1, 11, 21)
             for expert in range(112)
         },
+        "model.layers",
     )
 )
-def test_patterns_match_what_is_meant_and_nothing_else(both: tuple[set[str], set[str]]) -> None:
-    names, among = both
-    patterns = patterns_for(sorted(names), sorted(among))
+def test_patterns_match_what_is_meant_and_nothing_else(drawn: tuple[set[str], set[str], str]) -> None:
+    names, among, stack = drawn
+    patterns = patterns_for(sorted(names), sorted(among), [stack])
     matched = {name for name in among if any(match_name(name, pattern) for pattern in patterns)}
     assert matched == names
     assert len(patterns) <= len(names)
@@ -300,8 +303,8 @@ def test_whole_layers_share_a_pattern_and_the_first_experts_do_not(
         for layer in range(layers)
     }
     among = [name for names in of.values() for name in names]
-    (pattern,) = patterns_for(among, among)
+    (pattern,) = patterns_for(among, among, ["model.layers"])
     assert all(match_name(name, pattern) for name in among)
     part = of[0][:first]
-    found = patterns_for(part, among)
+    found = patterns_for(part, among, ["model.layers"])
     assert [name for name in among if any(match_name(name, pattern) for pattern in found)] == part

@@ -67,6 +67,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3OmniMoeTalkerConfig,
     Trainer,
     conversion_mapping,
 )
@@ -114,7 +115,11 @@ from llmcompressor_moe.compat.transformers.conversions import (
     save_by,
     source_patterns,
 )
-from llmcompressor_moe.compat.transformers.models import can_choose_experts, checkpointing_function
+from llmcompressor_moe.compat.transformers.models import (
+    can_choose_experts,
+    checkpointing_function,
+    complete_configs,
+)
 from llmcompressor_moe.compat.transformers.per_layer import (
     allow_global_access,
     general_value,
@@ -125,6 +130,7 @@ from llmcompressor_moe.compat.transformers.per_layer import (
 )
 from llmcompressor_moe.compat.transformers.quantizer import needs_no_initialization, prepared_before_weights
 from llmcompressor_moe.compat.transformers.trainer import SteppedTrainer
+from llmcompressor_moe.surgery.repack import fused_experts
 
 SOURCES = Path(compat.__file__).parents[1]
 UPSTREAM = ("llmcompressor", "compressed_tensors", "transformers", "peft", "lm_eval")
@@ -606,6 +612,13 @@ def test_models_say_whether_experts_can_be_chosen() -> None:
     assert not can_choose_experts(tiny_models.build("llama4_text", num_layers=1))
 
 
+def test_the_thinkers_config_lacks_a_field() -> None:
+    config = tiny_models.tiny_config("qwen3_omni_moe_thinker")
+    assert "vision_start_token_id" not in config.to_dict(), "transformers has the field: ours may go"
+    complete_configs()
+    assert config.vision_start_token_id == Qwen3OmniMoeTalkerConfig().vision_start_token_id
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_hides_its_keywords(reentrant: bool) -> None:
     model = tiny_models.build("mixtral", num_layers=1)
@@ -678,6 +691,27 @@ def test_experts_are_linearized_in_the_dtype_that_the_config_names(family: str) 
     with torch.no_grad():
         theirs(narrow, experts, 0)
     assert narrow.down_proj.weight.dtype == torch.bfloat16, "upstream keeps what the config named"
+
+
+@pytest.mark.parametrize("family", ["minimax_m3_vl_text", "ernie4_5_vl_moe"])
+def test_experts_lose_their_settings_and_have_one_width(family: str) -> None:
+    """Not ours: settings of the activation are kept, and each set of experts has the width that it has."""
+    model = tiny_models.build(family)
+    config = model.config.get_text_config()
+    for name, experts in get_non_linearized_moes(model):
+        hidden = torch.randn(6, tiny_models.HIDDEN, generator=torch.Generator().manual_seed(0))
+        index, weights = torch.tensor([[0, 3]]).repeat(6, 1), torch.full((6, 2), 0.5)
+        kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+        linear = kind.from_experts_module(experts, config)
+        torch.testing.assert_close(linear(hidden, index, weights), experts(hidden, index, weights))
+        with pytest.raises((AttributeError, TypeError)):
+            # Past no_grad, which wraps upstream's own as well.
+            theirs = LinearExperts2D.from_experts_module.__func__.__wrapped__
+            theirs(kind, experts, config)(hidden, index, weights)
+        with torch.no_grad():
+            assert torch.equal(fused_experts(linear, type(experts), config).down_proj, experts.down_proj), (
+                name
+            )
 
 
 def test_the_source_of_experts_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,17 @@ import pytest
 import support
 import support_table
 import tiny_models
+import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from llmcompressor.modifiers.pruning import SparseGPTModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier
 from llmcompressor_moe.families import refused_families
 from llmcompressor_moe.inspection import inspect_model
-from llmcompressor_moe.topology import NotAnMoEError, find_topology
+from llmcompressor_moe.modifiers.composition import check_recipe
+from llmcompressor_moe.topology import NotAnMoEError, Topology, find_topology
 
 
 @pytest.mark.parametrize("model_type", tiny_models.buildable())
@@ -44,6 +48,34 @@ def test_topology_is_found(model_type: str) -> None:
             children = {name for name, _ in model.get_submodule(layer.module).named_children()}
             has_shared = any("shared" in name and "gate" not in name for name in children)
             assert bool(layer.shared_experts) == has_shared
+    check_that_routers_are_out_of_reach(model, topology)
+
+
+def check_that_routers_are_out_of_reach(model: PreTrainedModel, topology: Topology) -> None:
+    """llm-compressor's modifiers that target all Linears are refused where routers or gates are Linears."""
+    exposed = {
+        name
+        for layer in topology.moe_layers.values()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith(layer.router if layer.inline else layer.module)
+        and (module.out_features in (1, 8) or re.search(r"\.(gate|router)\.", name))
+    }
+    for kind, fields in (
+        (QuantizationModifier, {"scheme": "FP8_DYNAMIC"}),
+        (SparseGPTModifier, {"sparsity": 0.5}),
+    ):
+        refused = None
+        try:
+            check_recipe([kind(targets=["Linear"], ignore=["lm_head"], **fields)], model)
+        except ValueError as error:
+            refused = str(error)
+        assert bool(refused) == bool(exposed), refused or exposed
+        if refused is not None:
+            assert f"targets {len(exposed)} routers or gates" in refused
+            # The way out that it names.
+            entries = re.findall(r"'(re:[^']+)'", refused)
+            check_recipe([kind(targets=["Linear"], ignore=["lm_head", *entries], **fields)], model)
 
 
 @pytest.mark.parametrize(

@@ -204,11 +204,8 @@ def test_profile_equals_plain_hooks(model_type: str, batches: Callable[[], list[
     check_experts(profile, reference, model_type)
 
 
-# Families for which the sentence below is not the definition, or which upstream cannot run linearized.
+# Families for which the sentence below is not the definition.
 NOT_SILENCED = {
-    "ernie4_5_vl_moe": "upstream does not linearize it: two sizes of experts in one layer",
-    "minimax_m3_vl_text": "upstream does not linearize it: its gate reads a setting that linear experts lack",
-    "qwen3_omni_moe_thinker": "transformers does not run the bare tiny config",
     "granitemoe_swa": "a dense layer stands beside the MoE layer: y holds both",
     "granitemoehybrid": "a dense layer stands beside the MoE layer: y holds both",
     "granitemoeshared": "a dense layer stands beside the MoE layer: y holds both",

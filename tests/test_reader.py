@@ -21,8 +21,6 @@ from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.surgery.skipped import SkippedMoE
 from llmcompressor_moe.topology import expert_modules, find_topology
 
-NOT_LINEARIZABLE = ("ernie4_5_vl_moe", "minimax_m3_vl_text")
-
 
 @pytest.fixture(scope="module", params=tiny_models.buildable())
 def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cut:
@@ -57,8 +55,6 @@ def test_cut_checkpoint_computes_what_the_uncut_model_does_without_those_parts(
 
 
 def test_opened_checkpoint_is_cut_to_the_same_bytes(cut: Cut, tmp_path: pathlib.Path) -> None:
-    if cut.model_type in NOT_LINEARIZABLE:
-        pytest.skip("llm-compressor cannot linearize its experts")
     opened = open_moe(cut.whole)
     opened.set_attn_implementation("eager")
     torch.testing.assert_close(logits(opened), logits(cut.model), atol=2e-4, rtol=1e-5)

@@ -26,20 +26,11 @@ LOGITS_ONLY = {"jamba": SOFTMAX}
 MASKED = {"phimoe": SOFTMAX}
 # Its last class is no expert, so its scores are not read.
 WITHOUT_SCORES = {"zaya"}
-# The layer that is found routes tokens of images only, so its router is called by itself.
-IMAGES_ONLY = {"ernie4_5_vl_moe"}
 
 
 def routed(model: PreTrainedModel) -> dict[int, Any]:
     """Block index -> what the router returned."""
     found: dict[int, Any] = {}
-    if model.config.model_type in IMAGES_ONLY:
-        hidden = torch.randn(96, tiny_models.HIDDEN, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            return {
-                index: model.get_submodule(moe.router)(hidden.to(model.dtype))
-                for index, moe in find_topology(model).moe_layers.items()
-            }
     handles = [
         model.get_submodule(moe.router).register_forward_hook(
             lambda _m, _a, output, index=index: found.__setitem__(index, output)
