@@ -36,6 +36,8 @@ class FamilyException:
     :param refuse_quantized_experts: reason why vLLM cannot serve quantized experts of this family, if so
     :param refuse_partly_quantized: reason why vLLM cannot serve this family with quantized experts in some
         layers and 16-bit ones in others, if so
+    :param router_follows_config: vLLM quantizes the routers of this family where a quantization config does not
+        leave them out; those of other families it always runs plain
     :param router_scores: the function by which its routers score experts ("softmax"), where the weights that they
         return follow from no function of the logits alone
     :param refuse: reason why nothing of this family can be trimmed, if so
@@ -48,6 +50,7 @@ class FamilyException:
     position_period: int = 1
     refuse_quantized_experts: str | None = None
     refuse_partly_quantized: str | None = None
+    router_follows_config: bool = False
     router_scores: str | None = None
     refuse: str | None = None
 
@@ -124,6 +127,11 @@ _EXCEPTIONS: dict[str, FamilyException] = {
         refuse="its routers also choose zero experts, which return their input and have no weights, and each of "
         "its blocks counts as two layers"
     ),
+    # vLLM 0.32 hands its quantization config to these routers.
+    "qwen3_moe": FamilyException(router_follows_config=True),
+    "qwen3_vl_moe_text": FamilyException(router_follows_config=True),
+    "qwen3_omni_moe_text": FamilyException(router_follows_config=True),
+    "lfm2_moe": FamilyException(router_follows_config=True),
 }
 
 

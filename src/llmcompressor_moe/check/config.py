@@ -3,6 +3,7 @@
 Nothing is fetched and no code of the checkpoint is run.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llmcompressor_moe.compat.transformers.per_layer import general_value
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
 CONFIG_NAME = "config.json"
+_MODELOPT_NAME = "hf_quant_config.json"
 
 # Beyond these a config is taken for damaged: laying out such a model would not end.
 MAX_LAYERS = 2_000
@@ -80,6 +82,12 @@ def read_raw_config(path: Path, findings: Findings) -> dict[str, Any] | None:
     if not isinstance(raw, dict):
         findings.error("config-unreadable", CONFIG_NAME, f"holds a {type(raw).__name__}, no JSON object")
         return None
+    if "quantization_config" not in raw:
+        # ModelOpt wrote it into a file of its own, where vLLM still looks
+        with contextlib.suppress(OSError, ValueError):
+            beside = read_json(path / _MODELOPT_NAME)
+            if isinstance(beside, dict):
+                raw["quantization_config"] = {"quant_method": "modelopt", **beside}
     return raw
 
 

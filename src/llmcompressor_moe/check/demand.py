@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from llmcompressor_moe.check.expected import ExpectedModel, LinearSite
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.check.schemes import CompressedParameters, Schemes
+from llmcompressor_moe.checkpoint.layout import FLOATS
 
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
-FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationStrategy
 
 from llmcompressor_moe.check.comparison import Comparison, PerLayer, kind_of
-from llmcompressor_moe.check.demand import FLOATS, Demand
+from llmcompressor_moe.check.demand import Demand
 from llmcompressor_moe.check.expected import ExpectedModel
 from llmcompressor_moe.check.report import Findings
-from llmcompressor_moe.check.schemes import FIELD, QPARAM, Schemes
+from llmcompressor_moe.check.schemes import FIELD, QPARAM, Schemes, is_compressed
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, read_small
 from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.topology import find_towers
@@ -26,14 +26,6 @@ _IN_BFLOAT16 = (
     CompressionFormat.mxfp4_pack_quantized,
     CompressionFormat.mxfp8_quantized,
 )
-_COMPRESSED = ("weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape")
-
-
-def _is_compressed(layout: CheckpointLayout, module: str) -> bool:
-    if any(f"{module}.{leaf}" in layout.tensors for leaf in _COMPRESSED):
-        return True
-    weight = layout.tensors.get(f"{module}.weight")
-    return weight is not None and weight.dtype not in FLOATS
 
 
 def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
@@ -47,7 +39,7 @@ def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
 def check_undeclared(layout: CheckpointLayout, comparison: Comparison, findings: Findings) -> None:
     """Compressed weights in a checkpoint that does not say how they are compressed."""
     modules = [
-        m for m in dict.fromkeys(n.rpartition(".")[0] for n in comparison.extra) if _is_compressed(layout, m)
+        m for m in dict.fromkeys(n.rpartition(".")[0] for n in comparison.extra) if is_compressed(layout, m)
     ]
     for module, count in _groups(modules):
         findings.error(
@@ -70,7 +62,7 @@ def check_storage(
     """Modules that the config quantizes are stored compressed, all others plain."""
     if schemes.config.kv_cache_scheme is not None:
         comparison.forget([n for n in comparison.extra if QPARAM.search(n) and ".weight" not in n])
-    plain = [m for m in demand.quantized if f"{m}.weight" in layout.tensors and not _is_compressed(layout, m)]
+    plain = [m for m in demand.quantized if f"{m}.weight" in layout.tensors and not is_compressed(layout, m)]
     for module, count in _groups(plain):
         elsewhere = [a for a in expected.aliases.get(module, ()) if schemes.group_of(a) is None]
         findings.error(
@@ -80,7 +72,7 @@ def check_storage(
             + (f": ignore names only {elsewhere[0]}" if elsewhere else ""),
             _BOTH if elsewhere else "add it to ignore, or save it compressed",
         )
-    compressed = [m for m in demand.plain if _is_compressed(layout, m)]
+    compressed = [m for m in demand.plain if is_compressed(layout, m)]
     kinds = {name: site.kind for name, site in expected.sites.items()}
     for module, count in _groups(compressed):
         if kinds.get(module) in ("router", "gate"):
@@ -108,7 +100,7 @@ def check_routers(
     """Routers and gates are left plain by the config too, not only by the files."""
     layers = PerLayer(findings)
     for site in expected.sites.values():
-        if site.kind not in ("router", "gate") or _is_compressed(layout, site.name):
+        if site.kind not in ("router", "gate") or is_compressed(layout, site.name):
             continue
         # vLLM runs every router as a Linear under its native name; in transformers most are none
         names = {site.runtime: site.classes, site.name: ("Linear", *site.classes)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from llmcompressor_moe.check import experts, mtp, per_layer, quantization, stack
+from llmcompressor_moe.check import experts, foreign, mtp, per_layer, quantization, stack
 from llmcompressor_moe.check.comparison import compare, report_rest
 from llmcompressor_moe.check.config import (
     CONFIG_NAME,
@@ -136,6 +136,9 @@ def _check_model(
         quantization.check_run_as_one(expected, demand, schemes, findings)
         quantization.check_stale_names(expected, schemes, findings)
     check_parallel(config, expected, demand, schemes, tensor_parallel, expert_parallel, findings)
+    written = config.raw.get(FIELD)
+    if schemes is None and isinstance(written, dict):
+        foreign.check_foreign_routers(expected, written, layout, findings)
     # an unreadable file would make each of its tensors a finding of its own; an unknown quantization method
     # names its tensors in ways that are not known here
     if not complete or (schemes is None and FIELD in config.raw):

@@ -17,11 +17,24 @@ from compressed_tensors.quantization import (
 from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
+from llmcompressor_moe.checkpoint.layout import FLOATS, CheckpointLayout
 
 FIELD = "quantization_config"
 # Local names of quantization parameters.
 QPARAM = re.compile(
     r"\.((weight|input|output)_(scale|zero_point|global_scale|g_idx|packed|shape)|[qkv]_(scale|zero_point))$"
+)
+
+# Local names of tensors that no plain module has, in any format. Formats without them keep the name `weight`, but
+# not its dtype.
+_COMPRESSED = (
+    "weight_packed",
+    "weight_scale",
+    "weight_global_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_scale_inv",
+    "qweight",
 )
 
 _SAFETENSORS_DTYPE = {
@@ -32,6 +45,14 @@ _SAFETENSORS_DTYPE = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+
+def is_compressed(layout: CheckpointLayout, module: str) -> bool:
+    """Whether the weight of a module is stored quantized, in any format; found from names and dtypes."""
+    if any(f"{module}.{leaf}" in layout.tensors for leaf in _COMPRESSED):
+        return True
+    weight = layout.tensors.get(f"{module}.weight")
+    return weight is not None and weight.dtype not in FLOATS
 
 
 class _Names:
@@ -125,7 +146,7 @@ def read_schemes(raw: dict[str, Any], findings: Findings) -> Schemes | None:
         findings.warning(
             "quant-method-unknown",
             f"{FIELD}.quant_method",
-            f"{method!r} is not compressed-tensors: names and shapes of quantized tensors were not checked",
+            f"{method!r} is not compressed-tensors: of its quantized tensors only those of routers were checked",
         )
         return None
     if written.get("sparsity_config"):

@@ -46,6 +46,9 @@ DTYPE_BITS = {
     "U64": 64,
 }
 
+# Those of plain weights.
+FLOATS = ("F16", "BF16", "F32", "F64")
+
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Files of training loops that share the suffix but hold no weights.
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
