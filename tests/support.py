@@ -8,13 +8,13 @@ from typing import Any
 
 import tiny_models
 import torch
-import transformers
 from datasets import Dataset
 from llmcompressor import oneshot
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmcompressor_moe import load_trimmed_moe
+from llmcompressor_moe.compat.transformers.building import class_named
 from llmcompressor_moe.evaluation.history import ModelLayout
 from llmcompressor_moe.report import DropReport
 
@@ -97,7 +97,7 @@ def files_that_tell(*places: Path) -> list[str]:
 def load(path: Path) -> PreTrainedModel:
     """Load a checkpoint, trimmed or not, in fp32."""
     with load_trimmed_moe():
-        cls = getattr(transformers, AutoConfig.from_pretrained(path).architectures[0])
+        cls = class_named(AutoConfig.from_pretrained(path).architectures[0])
         return cls.from_pretrained(path, dtype=torch.float32).eval()
 
 

@@ -101,6 +101,7 @@ from llmcompressor_moe.compat.llmcompressor.saving import mark_wrapped
 from llmcompressor_moe.compat.llmcompressor.training import active, training_session
 from llmcompressor_moe.compat.lm_eval import yaml_loader
 from llmcompressor_moe.compat.peft import adapt_exactly
+from llmcompressor_moe.compat.transformers import conversions
 from llmcompressor_moe.compat.transformers.building import (
     blocks_built_by,
     build,
@@ -511,6 +512,7 @@ def test_registered_conversions_are_not_restored_but_those_like_anothers_are() -
     convert_like("unheard_of", "mixtral")
     assert len(own_conversions("unheard_of")) == len(own_conversions("mixtral"))
     del conversion_mapping._MODEL_TO_CONVERSION_PATTERN["unheard_of"]
+    conversions._own_table.cache_clear()
     del conversion_mapping._checkpoint_conversion_mapping_cache["unheard_of"]
     conversion_mapping.USER_REGISTERED_MAPPINGS.remove("unheard_of")
 

@@ -20,6 +20,7 @@ def convert_like(model_type: str, other: str) -> None:
     the conversions that transformers defines, so nothing could restore it once others have overwritten it.
     """
     conversion_mapping._MODEL_TO_CONVERSION_PATTERN[model_type] = other
+    _own_table.cache_clear()
     conversion_mapping.register_checkpoint_conversion_mapping(
         model_type, own_conversions(model_type), overwrite=True
     )
