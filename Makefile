@@ -23,7 +23,7 @@ lint: $(MODEL_ENV)
 	.venv/bin/ruff format --check .
 
 fast: $(MODEL_ENV) browser
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not serving and not gpu" -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not serving and not gpu" -n 2 --dist worksteal
 
 browser:
 	scripts/ensure-browser.sh

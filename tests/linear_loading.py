@@ -1,9 +1,7 @@
-"""Trim a model that `load_quantizable_moe` loaded: run as a script, in a process of its own.
+"""Trim a model that `load_quantizable_moe` loaded, in a process of its own: what that registers stays for good.
 
 That way of loading imports every model of transformers, some of which want torchvision, which has no CPU
 build here: a stand-in is enough, nothing of it is called.
-
-    python tests/linear_loading.py BASE OUT LOGITS
 """
 
 from __future__ import annotations
@@ -43,7 +41,3 @@ def main(base: Path, out: Path, logits: Path) -> None:
     # The process can load stock checkpoints of the family again.
     torch.testing.assert_close(support.logits(support.load(out)), support.logits(model), atol=1e-5, rtol=0)
     torch.save(support.logits(model), logits)
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
+import os
+import shutil
+import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,8 @@ from llmcompressor_moe.evaluation.history import ModelLayout
 from llmcompressor_moe.report import DropReport
 
 VOCAB = tiny_models.VOCAB
+# Models that were saved once, for all tests of this process.
+_MADE = tempfile.TemporaryDirectory(prefix="tiny-models-")
 # Families whose models call their blocks in unlike ways.
 UNLIKE_FAMILIES = [
     "qwen3_moe",
@@ -79,10 +87,55 @@ def saved(model_type: str, directory: Path, **options: Any) -> Path:
     """A tiny random model of a family, saved with a tokenizer as a user would have it."""
     path = directory / model_type
     if not path.exists():
-        model = tiny_models.build(model_type, **options)
-        model.save_pretrained(path)
-        tokenizer().save_pretrained(path)
+        made = (
+            Path(_MADE.name)
+            / hashlib.sha256(repr((model_type, sorted(options.items()))).encode()).hexdigest()
+        )
+        if not made.exists():
+            tiny_models.build(model_type, **options).save_pretrained(made)
+            tokenizer().save_pretrained(made)
+        # A copy: tests change files.
+        shutil.copytree(made, path)
     return path
+
+
+def forked(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> list[multiprocessing.Process]:
+    """Started processes that call a function; with several ranks as `torch.distributed.run` would start them.
+
+    They are forked from this one, which has imported everything: imports take ten seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    started = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+        process = context.Process(
+            target=_in_child, args=(place | address if ranks > 1 else {}, function, arguments)
+        )
+        process.start()
+        started.append(process)
+    return started
+
+
+def _in_child(environment: dict[str, Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # Threads do not survive a fork.
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    function(*arguments)
+
+
+def run_forked(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> list[int]:
+    """Exit codes of such processes, by rank; one that was killed has the negative number of the signal."""
+    started = forked(function, *arguments, ranks=ranks)
+    for process in started:
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
 
 
 def files_that_tell(*places: Path) -> list[str]:

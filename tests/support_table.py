@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,8 +52,8 @@ SERVED = (
 
 def row(model_type: str, directory: Path) -> dict[str, str]:
     """Column -> "yes", or why not. Raises AssertionError where something works, but wrongly."""
-    base = support.saved(model_type, directory)
-    layers = sorted(find_topology(support.load(base)).moe_layers)
+    base = support.load(support.saved(model_type, directory))
+    layers = sorted(find_topology(base).moe_layers)
     target, others = layers[1], layers[:2]
     blocks = list(range(target, target + exception_for(model_type).position_period))
     recipes: dict[str, Callable[[], Any]] = {
@@ -63,34 +64,36 @@ def row(model_type: str, directory: Path) -> dict[str, str]:
     }
     outcome = {}
     for column, recipe in recipes.items():
-        out = directory / column.replace(" ", "-")
-        outcome[column] = _try(lambda recipe=recipe, out=out: _cut(base, recipe(), out, no_data=True))
-        if outcome[column] == "yes":
-            _hold_against_reference(base, out, model_type, column, blocks, layers)
+        found = _cut(base, recipe(), directory / column.replace(" ", "-"), no_data=True)
+        if isinstance(found, torch.Tensor):
+            _hold_against_reference(base, found, model_type, column, blocks, layers)
+        outcome[column] = found if isinstance(found, str) else "yes"
     scored = [ExpertDropModifier(drop_ratio=0.25, criterion="reap")]
-    outcome["scores from data"] = _try(lambda: _cut(base, scored, directory / "scored"))
+    found = _cut(base, scored, directory / "scored")
+    outcome["scores from data"] = found if isinstance(found, str) else "yes"
     return outcome
 
 
-def _try(run: Callable[[], Any]) -> str:
+def _cut(base: PreTrainedModel, recipe: Any, out: Path, **options: Any) -> torch.Tensor | str:
+    """Logits of the model that was saved and loaded again, or why there is none."""
     try:
-        run()
+        model = support.trim(copy.deepcopy(base), recipe, output_dir=str(out), **options)
+        found = support.logits(support.load(out))
+        torch.testing.assert_close(found, support.logits(model), atol=1e-5, rtol=0)
     except (ValueError, TypeError, AttributeError) as error:
-        message = str(error)
-    else:
-        return "yes"
-    return message
-
-
-def _cut(base: Path, recipe: Any, out: Path, **options: Any) -> None:
-    model = support.trim(support.load(base), recipe, output_dir=str(out), **options)
-    torch.testing.assert_close(support.logits(support.load(out)), support.logits(model), atol=1e-5, rtol=0)
+        return str(error)
+    return found
 
 
 def _hold_against_reference(
-    base: Path, out: Path, model_type: str, column: str, blocks: list[int], layers: list[int]
+    model: PreTrainedModel,
+    found: torch.Tensor,
+    model_type: str,
+    column: str,
+    blocks: list[int],
+    layers: list[int],
 ) -> None:
-    model = support.load(base)
+    """Logits of the checkpoint against those of the untouched model with the same part silenced."""
     moes = {index: model.get_submodule(path) for index, path in moe_layers(model, model_type).items()}
     affected = layers if column == "Expert Drop" else layers[:1]
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -105,7 +108,7 @@ def _hold_against_reference(
         expected = support.logits(model)
     tolerance = 1e-5 * max(1.0, float(expected.abs().max()))
     # Random models amplify rounding from block to block; a wrong cut changes logits by more than 1e-2.
-    torch.testing.assert_close(support.logits(support.load(out)), expected, atol=20 * tolerance, rtol=0)
+    torch.testing.assert_close(found, expected, atol=20 * tolerance, rtol=0)
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import linear_loading
 import pytest
 import support
 import torch
@@ -120,8 +119,7 @@ def test_second_recipe_on_the_model_in_memory(mixtral: Path, tmp_path: Path) -> 
 def test_model_loaded_linearized_from_the_start(tmp_path: Path) -> None:
     base = support.saved("qwen3_moe", tmp_path)
     out, expected = tmp_path / "out", tmp_path / "logits.pt"
-    script = Path(__file__).parent / "linear_loading.py"
-    subprocess.run([sys.executable, str(script), str(base), str(out), str(expected)], check=True)
+    assert support.run_forked(linear_loading.main, base, out, expected) == [0]
     stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     torch.testing.assert_close(support.logits(stock), torch.load(expected), atol=1e-5, rtol=0)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import one_rank
 import pytest
 import support
 import torch
@@ -15,16 +13,9 @@ from safetensors.torch import load_file
 
 from llmcompressor_moe.report import DropReport
 
-SCRIPT = Path(__file__).parent / "one_rank.py"
 
-
-def run(base: Path, out: Path, ranks: int, *kind: str) -> None:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    )
-    command = [sys.executable, *launcher, str(SCRIPT), str(base), str(out), *kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, timeout=600)
+def run(base: Path, out: Path, ranks: int, kind: str = "trim") -> None:
+    assert support.run_forked(one_rank.main, base, out, kind, ranks=ranks) == [0] * ranks
 
 
 def found(base: Path, out: Path, ranks: int, kind: str) -> list[dict]:

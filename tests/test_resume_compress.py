@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shlex
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -21,7 +22,7 @@ from llmcompressor_moe.checkpoint.atomic import OutputDirectoryError
 from llmcompressor_moe.compression import compress
 from llmcompressor_moe.profile import Profile, Statistic, collect_profile
 from llmcompressor_moe.profile.resumable import PassStore, ResumablePass
-from llmcompressor_moe.saving import shards
+from llmcompressor_moe.saving import opened, shards
 from llmcompressor_moe.topology import find_topology
 from llmcompressor_moe.work_folder import WorkFolder, WorkFolderError, work_path
 
@@ -65,40 +66,6 @@ def test_a_pass_goes_on_after_any_block(
         assert 0 not in begun
 
 
-# Kills itself with a signal that nobody can catch, at a moment that the last two arguments name.
-KILLED = """
-import os, signal, sys
-from llmcompressor_moe.compression import compress
-from llmcompressor_moe.profile.resumable import ResumablePass
-from llmcompressor_moe.saving import opened, shards
-from llmcompressor_moe.work_folder import WorkFolder
-
-model, recipe, text, output, moment, count = sys.argv[1:]
-count = int(count)
-
-def dies(own):
-    def wrapped(*args, **kwargs):
-        global count
-        result = own(*args, **kwargs)
-        count -= 1
-        if not count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return wrapped
-
-opened._SHARD_BYTES = 100_000
-if moment == "piece":
-    own = opened.write_shards
-    opened.write_shards = lambda directory, tensors, size, on_bytes: own(directory, tensors, size, dies(on_bytes))
-else:
-    holder, name = {
-        "block": (ResumablePass, "block_done"),
-        "decision": (WorkFolder, "decided"),
-        "shard": (shards, "write_file"),
-    }[moment]
-    setattr(holder, name, dies(getattr(holder, name)))
-compress(model, recipe, text, output, sequence_length=16, num_samples=4, snapshot_seconds=0)
-"""
 RECIPE = """
 default_stage:
   default_modifiers:
@@ -150,11 +117,39 @@ def run(model: Path, recipe: Path, text: Path | None, output: Path, **options) -
     return said
 
 
-def killed(*arguments: object) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, check=False, text=True
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
+def killed(model: Path, recipe: Path, text: Path, output: Path, moment: str, count: int) -> None:
+    """Compress in a process that kills itself with a signal that nobody can catch.
+
+    :param moment: what is done the ``count``-th time then
+    """
+
+    def dies(own: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count(1)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    def compress_until_then() -> None:
+        if moment == "piece":
+            write = opened.write_shards
+            opened.write_shards = lambda directory, tensors, size, on_bytes: write(
+                directory, tensors, size, dies(on_bytes)
+            )
+        else:
+            holder, name = {
+                "block": (ResumablePass, "block_done"),
+                "decision": (WorkFolder, "decided"),
+                "shard": (shards, "write_file"),
+            }[moment]
+            setattr(holder, name, dies(getattr(holder, name)))
+        run(model, recipe, text, output)
+
+    assert support.run_forked(compress_until_then) == [-signal.SIGKILL]
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -168,6 +163,7 @@ def digests(directory: Path) -> dict[str, str]:
 def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(
     model: Path, recipe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A copy of this process, whose ``passes`` are its own, is killed."""
     run(model, recipe, text, tmp_path / "whole")
     expected = digests(tmp_path / "whole")
     assert len([name for name in expected if name.endswith(".safetensors")]) > 3

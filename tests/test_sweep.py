@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -257,34 +253,23 @@ def test_speed_is_measured_where_asked(folder: Path, tmp_path: Path, found: Swee
     assert SweepReport.model_validate_json(timed.model_dump_json()).model_dump() == timed.model_dump()
 
 
-_SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
-from pathlib import Path
-import test_sweep
-test_sweep.sweep(Path({folder!r}), Path({output!r}))
-"""
-
-
-@pytest.mark.parametrize("finished", [0, 1, 3])
-def test_killed_and_started_again(folder: Path, tmp_path: Path, found: SweepReport, finished: int) -> None:
-    """SIGKILL while a point is being made, after some are finished."""
+def test_killed_and_started_again(folder: Path, tmp_path: Path, found: SweepReport) -> None:
+    """SIGKILL while it calibrates, and again and again while a point is being made, after some are finished."""
     output = tmp_path / "out"
-    script = _SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), output=str(output))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            done = list((output / "points").glob("*.json")) if (output / "points").exists() else []
-            busy = list(output.glob("making-*")) if finished else [*output.glob("settings.json")]
-            if len(done) >= finished and busy:
-                break
-            time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for finished in (0, 1, 3):
+        (process,) = support.forked(sweep, folder, output)
+        deadline = time.monotonic() + 300
+        try:
+            while process.is_alive() and time.monotonic() < deadline:
+                done = list((output / "points").glob("*.json")) if (output / "points").exists() else []
+                busy = list(output.glob("making-*")) if finished else [*output.glob("settings.json")]
+                if len(done) >= finished and busy:
+                    break
+                time.sleep(0.01)
+            assert process.is_alive(), "it ended before it could be killed"
+        finally:
+            process.kill()
+            process.join()
     assert not (output / "sweep.json").exists()
     assert sweep(folder, output).model_dump() == found.model_dump()
     assert not list(output.glob("making-*")), "what the killed run left is cleared away"

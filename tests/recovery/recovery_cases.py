@@ -1,13 +1,9 @@
-"""Small students, teachers and texts for tests of recovery; as a script it recovers one in a process of its own.
-
-python tests/recovery/recovery_cases.py STUDENT OUTPUT TEACHER SETTINGS-AS-JSON [resume]
-"""
+"""Small students, teachers and texts for tests of recovery, and recovery in processes of its own."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import support
 import tiny_models
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from llmcompressor_moe.compression import compress
+from llmcompressor_moe.recovery import RecoverySettings, recover
+from llmcompressor_moe.recovery.progress import LogEntry
 
 DROPS = "default_stage: {default_modifiers: {ExpertDropModifier: {experts: {1: [0, 3], 2: [5]}}}}"
 BASICS = {"length": 16, "batch_size": 4, "steps": 6, "learning_rate": 2e-3, "log_every": 1, "use_cpu": True}
@@ -76,49 +75,28 @@ def same(first: Path, second: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def command(
-    model: Path, output: Path, base: Path, settings: dict[str, Any], *, ranks: int = 1, resume: bool = False
-) -> list[str]:
-    """What recovers a student in a process of its own, or in several."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    )
-    arguments = [str(model), str(output), str(base), json.dumps(settings)]
-    return [sys.executable, *launcher, __file__, *arguments, *(["resume"] if resume else [])]
+def in_a_process(
+    student: Path, output: Path, base: Path, settings: dict[str, Any], *, killed_at: int | None = None
+) -> None:
+    """Recover in a process that was forked: alone, or one rank of several.
 
+    :param killed_at: step after which the process kills itself with a signal that nobody can catch
+    """
 
-def environment() -> dict[str, str]:
-    """One thread each, and numbers that do not depend on how many there are."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    def report(entry: LogEntry) -> None:
+        if entry.step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-
-def run(*arguments: Any, **options: Any) -> None:
-    """Recover in a process of its own; see `command`."""
-    subprocess.run(command(*arguments, **options), check=True, env=environment(), timeout=300)
-
-
-def main(model: str, output: str, base: str, settings: str, resume: str = "") -> None:
-    from llmcompressor_moe.recovery import RecoverySettings, recover
-
-    torch.set_num_threads(1)
-    recover(
-        model,
-        output,
-        teacher=base,
-        settings=RecoverySettings.model_validate_json(settings),
-        resume=bool(resume),
-        # Read by tests that interrupt a run.
-        report=lambda entry: print(f"step {entry.step}", flush=True),
-    )
+    # What this process was in the run before is not what its copy is.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recover(student, output, teacher=base, settings=RecoverySettings.model_validate(settings), report=report)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 __all__ = [
     "BASICS",
-    "command",
-    "environment",
-    "run",
+    "in_a_process",
     "same",
     "student",
     "teacher",
@@ -126,6 +104,3 @@ __all__ = [
     "text",
     "tiny_models",
 ]
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import recovery_cases as cases
+import support
 
 from llmcompressor_moe.recovery import RecoveryReport, RecoverySettings, recover
 
@@ -25,7 +26,8 @@ def test_two_ranks_have_the_curve_of_one(tmp_path: Path, recipe: bool) -> None:
         )
         settings |= {"recipe": str(path), "weights": {"hidden": 1, "logits_kl": 0}}
     one = recover(student, tmp_path / "one", teacher=base, settings=RecoverySettings.model_validate(settings))
-    cases.run(student, tmp_path / "two", base, {**settings, "batch_size": 2}, ranks=2)
+    half = {**settings, "batch_size": 2}
+    assert support.run_forked(cases.in_a_process, student, tmp_path / "two", base, half, ranks=2) == [0, 0]
     two = RecoveryReport.model_validate_json((tmp_path / "two" / "recovery.json").read_text())
     assert two.ranks == 2
     assert [entry.tokens for entry in two.log] == [entry.tokens for entry in one.log]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 import recovery_cases as cases
+import support
 import torch
 
 from llmcompressor_moe.recovery import RecoverySettings, recover, trainer
@@ -33,22 +33,13 @@ def wanted(text: Path, **changes) -> dict:
     return {**cases.BASICS, **adapters, "data": str(text), "steps": 8, "save_every": 2, **changes}
 
 
-def kill_after(step: int, command: list[str]) -> None:
-    process = subprocess.Popen(command, env=cases.environment(), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == f"step {step}":
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stdout.close()
-    assert process.wait(60) == -signal.SIGKILL
-
-
 def test_killed_and_resumed_is_unbroken(models, tmp_path: Path) -> None:
     student, base, text = models
     settings = wanted(text)
     recover(student, tmp_path / "unbroken", teacher=base, settings=RecoverySettings(**settings))
     out, training = tmp_path / "out", tmp_path / "out.training"
-    kill_after(5, cases.command(student, out, base, settings))
+    killed = functools.partial(cases.in_a_process, killed_at=5)
+    assert support.run_forked(killed, student, out, base, settings) == [-signal.SIGKILL]
     assert not out.exists()
     assert last_checkpoint(training).name == "checkpoint-4"
     # As if it had been killed while it wrote the next one.
