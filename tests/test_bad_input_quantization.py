@@ -34,7 +34,7 @@ from llmcompressor_moe.report import PlanFileError
 G32 = {"group_size": 32}
 NO_DATA = {"sensitivity": "random"}
 ATTENTION = r"re:.*self_attn\.[qkvo]_proj$"
-PRESETS = "is no preset of compressed-tensors; there are FP8, .*W4A16.*Other schemes are written out"
+PRESETS = "is not a preset of compressed-tensors; there are FP8, .*W4A16.*Other schemes are written out"
 
 
 def weights(**fields: Any) -> dict[str, Any]:
@@ -132,12 +132,12 @@ def refused(
         ({"target_bits": float("nan")}, "target_bits=nan must lie between 0 and 32"),
         ({"target_bits": float("inf")}, "target_bits=inf must lie between 0 and 32"),
         ({"target_bits": "few"}, "target_bits\n.*valid number.*'few'"),
-        ({"target_size": "20GB!!"}, "target_size='20GB!!' is no size; .*such as '20GiB'"),
-        ({"target_size": ""}, "target_size='' is no size"),
-        ({"target_size": "nan"}, "target_size='nan' is no size"),
+        ({"target_size": "20GB!!"}, "target_size='20GB!!' is not a size; .*such as '20GiB'"),
+        ({"target_size": ""}, "target_size='' is not a size"),
+        ({"target_size": "nan"}, "target_size='nan' is not a size"),
         ({"target_size": float("nan")}, "target_size.*finite number"),
-        ({"target_size": -5}, "target_size=-5 is no size"),
-        ({"target_size": "-5GB"}, "target_size='-5GB' is no size"),
+        ({"target_size": -5}, "target_size=-5 is not a size"),
+        ({"target_size": "-5GB"}, "target_size='-5GB' is not a size"),
         ({"target_size": 0}, "target_size=0 must be at least one byte"),
         ({"target_size": "0.2B"}, "target_size='0.2B' must be at least one byte"),
     ],
@@ -163,16 +163,19 @@ def test_a_size_beyond_every_float_is_a_number_like_others() -> None:
         ({"a": {}, "b": {}}, "must be one name"),
         ({"a": {}}, "a has no weights to quantize; for 16 bit name UNQUANTIZED"),
         ({"a": {"weights": None}}, "a has no weights to quantize"),
-        ({"a": {"wieghts": {}}}, "a is no scheme that compressed-tensors knows: wieghts={}: Extra"),
+        ({"a": {"wieghts": {}}}, "a is not a scheme that compressed-tensors knows: wieghts={}: Extra"),
         ({"weights": {"num_bits": 4}}, "num_bits=4: Extra inputs are not permitted"),
-        ({" ": {"weights": {"num_bits": 4}}}, "' ' is no name for a scheme"),
-        ({"unquantized": {"weights": {"num_bits": 4}}}, "'unquantized' is no name for a scheme that quant"),
+        ({" ": {"weights": {"num_bits": 4}}}, "' ' is not a name for a scheme"),
+        (
+            {"unquantized": {"weights": {"num_bits": 4}}},
+            "'unquantized' is not a name for a scheme that quant",
+        ),
         (weights(num_bits="four"), r"weights\.num_bits='four'.*valid integer"),
         (weights(num_bits=0), r"x: weights\.num_bits=0: integers must have 2 to 8 bits"),
         (weights(num_bits=-4), r"weights\.num_bits=-4: integers must have 2 to 8 bits"),
         (weights(num_bits=1), r"weights\.num_bits=1: integers must have 2 to 8 bits"),
         (weights(num_bits=16), r"weights\.num_bits=16: integers must have 2 to 8 bits"),
-        (weights(type="float", num_bits=3), "x is no scheme that compressed-tensors knows: .*num_bits"),
+        (weights(type="float", num_bits=3), "x is not a scheme that compressed-tensors knows: .*num_bits"),
         (weights(type="float"), r"weights\.strategy='channel': 4-bit floats are stored in groups only"),
         (
             weights(type="float", strategy="group", group_size=64),
@@ -243,7 +246,7 @@ def test_schemes_that_are_none(field: str, spec: Any, message: str) -> None:
         ({"seed": 1.5}, "seed\n.*valid integer"),
         ({"servable": "perhaps"}, "servable\n.*valid boolean"),
         ({"ignore": "lm_head"}, "ignore\n.*valid list"),
-        ({"ignore": ["re:["]}, r"ignore: 're:\[' is no regular expression: unterminated character set"),
+        ({"ignore": ["re:["]}, r"ignore: 're:\[' is not a regular expression: unterminated character set"),
         ({"report_path": "report.txt"}, r"report_path='report\.txt' must end with \.json"),
         ({"report_path": 3}, "report_path\n.*valid string"),
         ({"scheme": ["W4A16"]}, r"scheme\n.*not permitted"),
@@ -620,7 +623,7 @@ FOREIGN = "The plan was made for another model or modifier: its"
         ),
         (
             scheme("W4A16", {"weights": {"num_bits": "x"}}),
-            r"plan_path='.*': its schemes: W4A16 is no scheme that.*weights\.num_bits='x'",
+            r"plan_path='.*': its schemes: W4A16 is not a scheme that.*weights\.num_bits='x'",
         ),
         (
             scheme("W4A16", weights(strategy="group", group_size=48)["x"]),
@@ -859,13 +862,13 @@ def test_a_model_without_routers_to_round() -> None:
 
 
 YAML = [
-    ("schemes: [W4A16, W5A99], target_bits: 5", "schemes: 'W5A99' is no preset"),
+    ("schemes: [W4A16, W5A99], target_bits: 5", "schemes: 'W5A99' is not a preset"),
     ("schemes: W4A16, target_bits: 5", "schemes='W4A16': Input should be a valid list"),
     (
         "schemes: [{x: {weights: {num_bits: 0}}}], target_bits: 5",
         "x: weights.num_bits=0: integers must have 2",
     ),
-    ("target_size: 20GB!!", "target_size='20GB!!' is no size"),
+    ("target_size: 20GB!!", "target_size='20GB!!' is not a size"),
     ("target_bits: .nan", "target_bits=nan must lie between 0 and 32"),
     ("target_bits: 5, target_size: 1GB", "got target_bits and target_size"),
     ("", "got none"),
@@ -876,7 +879,7 @@ YAML = [
         "max_routing_change=2: Input should be less than or equal to 1",
     ),
     ("target_bits: 5, report_path: r.txt", "report_path='r.txt' must end with .json"),
-    ("target_bits: 5, ignore: ['re:(']", "ignore: 're:(' is no regular expression"),
+    ("target_bits: 5, ignore: ['re:(']", "ignore: 're:(' is not a regular expression"),
     ("target_bits: 5, target_bit: 4", "target_bit=4: Extra inputs are not permitted"),
 ]
 
@@ -953,7 +956,7 @@ def test_the_command_without_data(fields: str, words: str, directory: Path, tmp_
         ("target_bits: 3", "leaves 3 bits per expert weight, and its smallest scheme takes"),
         ("target_bits: 5, schemes: [FP8_BLOCK]", "blocks of 128x128 do not divide"),
         ("target_bits: 5, schemes: [W6A8]", "vLLM cannot serve experts"),
-        ("target_bits: 5, attention_scheme: W4A61", "attention_scheme: 'W4A61' is no preset"),
+        ("target_bits: 5, attention_scheme: W4A61", "attention_scheme: 'W4A61' is not a preset"),
         ("target_bits: 9, attention_scheme: FP8_BLOCK", "FP8_BLOCK does not fit the model's attention"),
         ("plan_path: plan.json", "a plan decides the schemes"),
     ],

@@ -127,7 +127,7 @@ def test_inspect_says_which_schemes_do_not_fit():
         assert words in result.output, words
     result = run("inspect", CONFIGS / "gpt-oss-20b", "--scheme", "W4A61")
     assert result.exit_code == 2
-    assert "'W4A61' is no preset" in result.output
+    assert "'W4A61' is not a preset" in result.output
 
 
 def test_inspect_sizes_a_mean():
@@ -209,11 +209,11 @@ def test_python_and_command_line_do_the_same(model, text, tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("- LayerDropModifier", "holds list, no mapping"),
         ("{}", "names no modifier"),
         (LAYER_DROP.replace("num_drop: 1", "num_drop: 2, num_drop: 1"), "the key 'num_drop' is given twice"),
-        ("default: {default_modifiers: {}}", "'default' is no stage"),
+        ("default: {default_modifiers: {}}", "'default' is not a stage"),
         ("default_stage: {LayerDropModifier: {num_drop: 1}}", "LayerDropModifier is no group"),
         ("default_stage: {default_modifiers: {LayerDropModifier: }}", "LayerDropModifier=None has no fields"),
         (LAYER_DROP.replace("Modifier:", ":"), "no modifier 'LayerDrop'; there are"),
@@ -258,7 +258,7 @@ def test_data_is_refused_before_the_weights_are_read(model, name, content, words
 def test_data_that_is_not_there(model, tmp_path):
     result = compress(model, LAYER_DROP, tmp_path / "out", "--dataset", "no/such-dataset")
     assert result.exit_code == 2
-    assert "is no file and cannot be fetched" in result.output
+    assert "is not a file and cannot be fetched" in result.output
 
 
 def test_no_data_where_some_is_needed(model, tmp_path):

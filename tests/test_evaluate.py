@@ -311,7 +311,7 @@ def test_output_that_cannot_be_written(folder: Path) -> None:
     [
         (["--dtype", "int8"], "dtype='int8': choose one of auto"),
         (["--dispatch-format", "fp9"], "dispatch_format='fp9': choose one of 16-bit"),
-        (["--vllm-python", "/nope", "--speed"], "vllm_python='/nope' is no interpreter"),
+        (["--vllm-python", "/nope", "--speed"], "vllm_python='/nope' is not an interpreter"),
         (["--task", "nope.yaml"], "nope.yaml"),
         (["--include-path", "tests"], "include_path='tests' is about tasks, but there is none"),
         (["--limit", 3], "limit='3' is about tasks, but there is none"),

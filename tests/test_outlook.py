@@ -467,7 +467,7 @@ def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
         ((model, "--evidence", tmp_path / "none.json", *fitting), "cannot be read"),
         ((model, "--grid", grid, "--scheme", "W8A16"), "names the schemes"),
         ((model, "--dataset", text, "--output", tmp_path), "is a directory; name a file"),
-        ((model, "--dataset", text, "--scheme", "W9A99"), "is no preset"),
+        ((model, "--dataset", text, "--scheme", "W9A99"), "is not a preset"),
         ((model, "--dataset", text), "does not fit the experts of block 0: group size 128 does not divide"),
     ):
         result = run(*arguments)

@@ -276,7 +276,7 @@ def test_what_cannot_be_compared(base):
 def test_no_interpreter(base, tmp_path):
     for python in (tmp_path / "bin" / "python", tmp_path):
         with pytest.raises(
-            ValueError, match=r"is no interpreter; name the one of an environment that has vLLM"
+            ValueError, match=r"is not an interpreter; name the one of an environment that has vLLM"
         ):
             measure_vllm([base], SpeedSettings(prompt_lengths=(8,)), python=python)
 

@@ -109,7 +109,7 @@ def test_names_keep_all_digits() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("points: [", "is no YAML"),
+        ("points: [", "is not YAML"),
         ("points: []", "points: List should have at least 1 item"),
         ("{}", "points: Field required"),
         ("[1]", "grid: Input should be"),
@@ -117,7 +117,7 @@ def test_names_keep_all_digits() -> None:
         ("points: [{blocks: two}]", "points.0.blocks.0"),
         ("points: [{bits: 99}]", "bits"),
         ("points: [{heads: 1}]", "points.0.heads"),
-        ("{points: [{blocks: 1}], schemes: [W9A16]}", "'W9A16' is no preset"),
+        ("{points: [{blocks: 1}], schemes: [W9A16]}", "'W9A16' is not a preset"),
         ("{points: [{blocks: 1}], schemes: [W8A8]}", "W8A8 quantizes inputs"),
         ("{points: [{blocks: 1}], criterion: best}", "criterion"),
         ("points: [{blocks: 1}]\npoints: [{blocks: 2}]", "the key 'points' is given twice"),

@@ -202,7 +202,7 @@ def test_leaves_tokenizer_and_mode_alone(tmp_path: Path) -> None:
             "names are llmcompressor_moe_knowledge.*'zzzzqqqqxxxx' is unknown; `lm-eval ls tasks` lists all",
         ),
         (["arc_easy"], {}, "'arc_easy' needs the dataset allenai/ai2_arc, which is not on this machine"),
-        ([KNOWLEDGE], {"include_path": "nowhere"}, "include_path is 'nowhere', which is no folder"),
+        ([KNOWLEDGE], {"include_path": "nowhere"}, "include_path is 'nowhere', which is not a folder"),
         ([KNOWLEDGE], {"limit": 0}, "limit is 0; give a whole number"),
         ([KNOWLEDGE], {"limit": 1.5}, "limit is 1.5"),
         ([KNOWLEDGE], {"num_fewshot": -1}, "num_fewshot is -1"),

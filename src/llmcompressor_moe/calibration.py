@@ -154,7 +154,7 @@ def _fetched(source: str, num_samples: int) -> list[str]:
         rows = list(islice(stream, num_samples * _DOCUMENTS_PER_SAMPLE))
     except Exception as error:
         raise CalibrationDataError(
-            f"dataset {source!r} is no file and cannot be fetched ({type(error).__name__}: {error}); give a "
+            f"dataset {source!r} is not a file and cannot be fetched ({type(error).__name__}: {error}); give a "
             ".txt or .jsonl file, a "
             f"directory written by datasets.save_to_disk, or {DEMO!r}."
         ) from error

@@ -175,7 +175,7 @@ def inspect_model(
     if cls is None:
         raise ValueError(
             f"{root}/config.json: architectures={config.raw.get('architectures')} with model_type="
-            f"{config.raw.get('model_type')!r} is no model of the installed transformers; upgrade "
+            f"{config.raw.get('model_type')!r} is not a model of the installed transformers; upgrade "
             "transformers."
         )
     try:

@@ -61,11 +61,11 @@ def _modifiers(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str,
         if stage == "args":
             continue
         if not str(stage).endswith("_stage") or not isinstance(groups, dict):
-            raise RecipeError(f"recipe {str(path)!r}: {stage!r} is no stage: {_SHAPE}.")
+            raise RecipeError(f"recipe {str(path)!r}: {stage!r} is not a stage: {_SHAPE}.")
         for group, modifiers in groups.items():
             if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
                 raise RecipeError(
-                    f"recipe {str(path)!r}: {stage}.{group} is no group of modifiers: {_SHAPE}."
+                    f"recipe {str(path)!r}: {stage}.{group} is not a group of modifiers: {_SHAPE}."
                 )
             for name, fields in modifiers.items():
                 if not isinstance(fields, dict):

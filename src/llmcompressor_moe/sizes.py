@@ -17,7 +17,9 @@ def parse_bytes(value: int | str, field: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
-        raise ValueError(f"{field}={value!r} is no size; write a number of bytes or a text such as '20GiB'.")
+        raise ValueError(
+            f"{field}={value!r} is not a size; write a number of bytes or a text such as '20GiB'."
+        )
     units = _BINARY if match[3] else _UNITS
     nbytes = int(Fraction(match[1]) * units[match[2].upper()])
     if nbytes < 1:

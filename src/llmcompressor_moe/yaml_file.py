@@ -39,6 +39,6 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot be read ({error}); save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"is no YAML: {error}") from error
+        raise ValueError(f"is not YAML: {error}") from error
     except RecursionError:
-        raise ValueError("is no YAML: nested too deep") from None
+        raise ValueError("is not YAML: nested too deep") from None

@@ -260,7 +260,7 @@ def test_unreadable_file(good):
 
 
 def test_no_directory(tmp_path):
-    with pytest.raises(NotADirectoryError, match="is no directory"):
+    with pytest.raises(NotADirectoryError, match="is not a directory"):
         check_checkpoint(tmp_path / "absent")
 
 

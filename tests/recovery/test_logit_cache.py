@@ -140,7 +140,7 @@ def test_what_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("weights")
-    with pytest.raises(ValueError, match="holds files and is no cache"):
+    with pytest.raises(ValueError, match="holds files and is not a cache"):
         write_cache(model, ROWS, tmp_path / "model", 2, 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a directory"):

@@ -157,7 +157,7 @@ def test_cache_of_another_text(tmp_path: Path, given, monkeypatch) -> None:
     refused("was written for other text: 4 rows", tmp_path, given, cache=tmp_path / "cache")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
-    refused("holds files and is no cache", tmp_path, given, cache=tmp_path / "full")
+    refused("holds files and is not a cache", tmp_path, given, cache=tmp_path / "full")
 
 
 def test_calibrating_modifiers(tmp_path: Path, given) -> None:

@@ -60,7 +60,7 @@ class TestReadPlan:
                 {"skip": ["attention", "mlp"], "num_local_experts": 0},
                 r"Layer 2: `skip` names \['attention'\]",
             ),
-            ({"num_local_experts": 0}, r"Layer 2: `num_local_experts` is 0, which is no expert count"),
+            ({"num_local_experts": 0}, r"Layer 2: `num_local_experts` is 0, which is not an expert count"),
             ({"num_local_experts": 9}, r"Layer 2: `num_local_experts` is 9, more than the global value 8"),
             ({"num_local_experts": 1}, r"Layer 2: `num_local_experts` is 1, fewer than the 2 experts"),
         ],

@@ -114,7 +114,7 @@ def _check_count(index: int, name: str, value: Any, layer: "PreTrainedConfig", l
     where = f"Layer {index}: `{name}` is {value!r}"
     if not isinstance(value, int) or value < 1:
         raise UnsupportedOverrideError(
-            f'{where}, which is no expert count. A layer without its MoE has `"skip": ["{SKIPPABLE}"]` too.'
+            f'{where}, which is not an expert count. A layer without its MoE has `"skip": ["{SKIPPABLE}"]` too.'
         )
     if isinstance(largest, int) and value > largest:
         # Weight loaders size their name tables by the global count: experts beyond it would stay unloaded.

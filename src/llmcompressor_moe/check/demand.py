@@ -56,7 +56,7 @@ def quantized_demand(expected: ExpectedModel, schemes: Schemes, findings: Findin
         try:
             size = schemes.schemes[group].weights.group_size
             if size and size > 0 and in_features % size:
-                raise ValueError(f"{in_features} is no multiple of {size}, which vLLM refuses")
+                raise ValueError(f"{in_features} is not a multiple of {size}, which vLLM refuses")
             local = parameters.of(in_features, out_features, bias, group)
         except ValueError as error:
             sizes_refused.setdefault((in_features, group, str(error)), []).append(name)

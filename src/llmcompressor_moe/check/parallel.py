@@ -32,7 +32,7 @@ def check_parallel(
             findings.note(
                 "parallel-vocab",
                 "vocab_size",
-                f"{vocab} is no multiple of {_VOCAB_PADDING} x {tensor_parallel}: vLLM pads the embedding",
+                f"{vocab} is not a multiple of {_VOCAB_PADDING} x {tensor_parallel}: vLLM pads the embedding",
             )
     if expert_parallel > 1:
         layers = PerLayer(findings)

@@ -48,7 +48,7 @@ def check_shape(raw: dict[str, Any], raw_text: dict[str, Any], findings: Finding
     for key, entry in written.items():
         subject = f"{FIELD}.{key}"
         if not key.isdigit() or len(key) > 6:
-            findings.error("per-layer-index", subject, f"{key!r} is no layer index", "use 0, 1, 2, ...")
+            findings.error("per-layer-index", subject, f"{key!r} is not a layer index", "use 0, 1, 2, ...")
             continue
         index = int(key)
         if index in seen:
@@ -66,7 +66,7 @@ def check_shape(raw: dict[str, Any], raw_text: dict[str, Any], findings: Finding
             continue
         skip = entry.get("skip", [])
         if not isinstance(skip, list) or not all(isinstance(part, str) for part in skip):
-            findings.error("per-layer-malformed", f"{subject}.skip", f"{skip!r} is no list of names")
+            findings.error("per-layer-malformed", f"{subject}.skip", f"{skip!r} is not a list of names")
     return len(findings.all) == before
 
 
@@ -103,7 +103,9 @@ def check_meaning(config: ReadConfig, findings: Findings) -> bool:
             if aliases.get(name, name) in counts and (
                 not isinstance(value, int) or isinstance(value, bool) or value < 0
             ):
-                findings.error("per-layer-count", f"{subject}.{name}", f"{value!r} is no number of experts")
+                findings.error(
+                    "per-layer-count", f"{subject}.{name}", f"{value!r} is not a number of experts"
+                )
         _check_skip(config, subject, entry, counts, findings)
     return len(findings.all) == before
 

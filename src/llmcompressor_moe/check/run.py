@@ -32,7 +32,7 @@ def check_checkpoint(path: str | Path, *, tensor_parallel: int = 1, expert_paral
     `tensor_parallel` and `expert_parallel` name the numbers of ranks that it shall be split over.
 
     Raises:
-        NotADirectoryError: `path` is no directory.
+        NotADirectoryError: `path` is not a directory.
         ValueError: a number of ranks under 1. What is wrong with the files is a finding, no exception.
     """
     for name, ranks in (("tensor_parallel", tensor_parallel), ("expert_parallel", expert_parallel)):

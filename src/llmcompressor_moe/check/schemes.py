@@ -166,7 +166,9 @@ def read_schemes(raw: dict[str, Any], findings: Findings) -> Schemes | None:
                 schemes.targets.add(target, index)
             _judge_group(schemes, index, findings)
     except re.error as error:
-        findings.error("quant-config-illegal", FIELD, f"{error.pattern!r} is no regular expression: {error}")
+        findings.error(
+            "quant-config-illegal", FIELD, f"{error.pattern!r} is not a regular expression: {error}"
+        )
         return None
     except Exception as error:
         findings.error(

@@ -168,9 +168,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     except ValueError as error:
         raise _Damaged("file-corrupt", f"the header is not JSON: {error}") from None
     if not isinstance(header, dict):
-        raise _Damaged("file-corrupt", "the header is no JSON object")
+        raise _Damaged("file-corrupt", "the header is not a JSON object")
     if not isinstance(header.pop("__metadata__", {}), dict):
-        raise _Damaged("file-corrupt", "__metadata__ is no JSON object")
+        raise _Damaged("file-corrupt", "__metadata__ is not a JSON object")
     begin = 8 + length
     tensors = {name: _tensor(name, entry, path.name, begin) for name, entry in header.items()}
     _check_coverage(tensors.values(), begin, size)
@@ -179,7 +179,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _tensor(name: str, entry: Any, file: str, begin: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise _Damaged("file-corrupt", f"the entry of tensor {name!r} is no JSON object")
+        raise _Damaged("file-corrupt", f"the entry of tensor {name!r} is not a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _Damaged("file-corrupt", f"tensor {name!r} has the unknown dtype {dtype!r}")
@@ -288,11 +288,11 @@ def read_layout(path: str | Path) -> CheckpointLayout:
     """Read names, shapes, dtypes and byte sizes of every tensor from the headers under `path`.
 
     Raises:
-        NotADirectoryError: `path` is no directory. Everything else becomes a problem of the layout.
+        NotADirectoryError: `path` is not a directory. Everything else becomes a problem of the layout.
     """
     root = Path(path)
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is no directory; give the one that holds config.json")
+        raise NotADirectoryError(f"{root} is not a directory; give the one that holds config.json")
     names = sorted(entry.name for entry in root.iterdir() if not entry.is_dir())
     problems: list[LayoutProblem] = []
     weight_map: dict[str, str] | None = None

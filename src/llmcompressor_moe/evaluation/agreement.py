@@ -127,13 +127,13 @@ def recorded_base(
     :param texts: as `text.text_quality` takes them, and so are ``length``, ``stride``, ``batch_size`` and
         ``running_text``
     :param directory: where the file goes; None for the system's temporary directory
-    :raises ValueError: as `text.text_quality` does; ``directory`` is no folder or has no room for
+    :raises ValueError: as `text.text_quality` does; ``directory`` is not a folder or has no room for
         the file (names its size)
     :raises FloatingPointError: logits are NaN or infinite; names the window
     """
     if directory is not None and not Path(directory).is_dir():
         raise ValueError(
-            f"directory is {str(directory)!r}, which is no folder; name one with room for the logits"
+            f"directory is {str(directory)!r}, which is not a folder; name one with room for the logits"
         )
     documents = tokenized(tokenizer, texts, running_text=running_text)
     length, stride, found = choose_windows(base.config, documents, length, stride)

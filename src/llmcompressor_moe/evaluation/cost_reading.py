@@ -260,7 +260,7 @@ def _attention(
             kind = type(module).__name__
             cost = _softmax_attention(config, block.index, module)
             if cost is None:
-                text = f"{kind} ({name}) is no plain softmax attention: its Linears are counted, its state is not"
+                text = f"{kind} ({name}) is not plain softmax attention: its Linears are counted, its state is not"
                 blocks_of.setdefault(text, []).append(block.index)
                 continue
             found.append(cost)

@@ -104,7 +104,7 @@ def read_history(checkpoint: str | Path) -> list[DropReport]:
         return [DropReport.model_validate(report) for report in reports]
     except ValidationError as error:
         path = Path(checkpoint) / HISTORY_FILE
-        raise ValueError(f"{path} holds something that is no report of a drop: {error}") from error
+        raise ValueError(f"{path} holds something that is not a report of a drop: {error}") from error
 
 
 def kept_parts(history: Sequence[DropReport], base: ModelLayout) -> KeptParts:

@@ -44,7 +44,7 @@ class RecoveryCurve(BaseModel):
 def read_recovery(checkpoint: str | Path) -> RecoveryCurve | None:
     """The recovery that made a checkpoint; None where it was not trained.
 
-    :raises ValueError: the file is no record of a recovery
+    :raises ValueError: the file is not a record of a recovery
     """
     path = Path(checkpoint) / RECOVERY_FILE
     if not path.is_file():
@@ -53,6 +53,6 @@ def read_recovery(checkpoint: str | Path) -> RecoveryCurve | None:
         found = RecoveryCurve.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValidationError, ValueError) as error:
         raise ValueError(
-            f"{path} is no record of a recovery ({error}); delete it, or recover the model again."
+            f"{path} is not a record of a recovery ({error}); delete it, or recover the model again."
         ) from error
     return found.model_copy(update={"log": [look for look in found.log if look.heldout_nll is not None]})

@@ -64,7 +64,7 @@ def selected_tasks(
         )
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(
-            f"include_path is {str(include_path)!r}, which is no folder; name a folder of YAML files"
+            f"include_path is {str(include_path)!r}, which is not a folder; name a folder of YAML files"
         )
     files = {str(task): _files(Path(task)) for task in tasks if _is_path(task)}
     names = [str(task) for task in tasks if str(task) not in files]
@@ -95,8 +95,8 @@ def _files(path: Path) -> list[Path]:
         kind = _config(path)
         if "task" not in kind or "group" in kind:
             raise ValueError(
-                f"task file {str(path)!r} is no task (its fields are {', '.join(map(str, kind)) or 'none'}); give "
-                "a file with `task: NAME`, or for a group its folder as include_path and its name"
+                f"task file {str(path)!r} is not a task (its fields are {', '.join(map(str, kind)) or 'none'}); "
+                "give a file with `task: NAME`, or for a group its folder as include_path and its name"
             )
         return [path]
     if path.is_dir():

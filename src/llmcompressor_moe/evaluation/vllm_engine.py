@@ -40,8 +40,8 @@ def check_interpreter(python: str | Path, field: str) -> None:
     """
     if not os.access(python, os.X_OK) or Path(python).is_dir():
         raise ValueError(
-            f"{field}={str(python)!r} is no interpreter; name the one of an environment that has vLLM, such as "
-            "/path/to/vllm-env/bin/python (docs/serving.md)."
+            f"{field}={str(python)!r} is not an interpreter; name the one of an environment that has vLLM, "
+            "such as /path/to/vllm-env/bin/python (docs/serving.md)."
         )
 
 

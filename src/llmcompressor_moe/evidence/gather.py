@@ -157,7 +157,7 @@ def load_evidence(path: str | Path, model: str | Path, candidates: Sequence[Cand
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
-            f"evidence {str(path)!r} is no evidence of a calibration run: "
+            f"evidence {str(path)!r} is not evidence of a calibration run: "
             f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}. "
             "Gather it again."
         ) from error

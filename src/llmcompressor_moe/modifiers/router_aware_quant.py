@@ -345,4 +345,4 @@ def _check_patterns(ignore: list[str]) -> None:
         try:
             re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
         except re.error as error:
-            raise ValueError(f"ignore: {entry!r} is no regular expression: {error}.") from error
+            raise ValueError(f"ignore: {entry!r} is not a regular expression: {error}.") from error

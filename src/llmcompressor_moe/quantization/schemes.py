@@ -101,7 +101,7 @@ def resolve_scheme(spec: SchemeSpec, group_size: int | None, field: str) -> Cand
         name = spec.upper()
         if name not in PRESET_SCHEMES:
             raise ValueError(
-                f"{field}: {spec!r} is no preset of compressed-tensors; there are "
+                f"{field}: {spec!r} is not a preset of compressed-tensors; there are "
                 f"{', '.join(sorted(PRESET_SCHEMES))}. Other schemes are written out: "
                 "{name: {weights: {num_bits: 3, type: int, strategy: group, group_size: 64}}}."
             )
@@ -126,7 +126,7 @@ def _written_out(spec: dict[str, dict[str, Any]], field: str) -> tuple[str, Quan
         raise ValueError(f"{field}: {spec!r} must be one name with the scheme's fields below it.")
     ((name, fields),) = spec.items()
     if not name.strip() or name.upper() == UNQUANTIZED:
-        raise ValueError(f"{field}: {name!r} is no name for a scheme that quantizes; give it another.")
+        raise ValueError(f"{field}: {name!r} is not a name for a scheme that quantizes; give it another.")
     for part, reason in _NOT_TO_SET.items():
         if fields.get(part):
             raise ValueError(f"{field}: {name}: leave out {part}={fields[part]!r}; {reason}.")
@@ -134,7 +134,7 @@ def _written_out(spec: dict[str, dict[str, Any]], field: str) -> tuple[str, Quan
         return name, QuantizationScheme.model_validate({"targets": [], **fields})
     except (ValidationError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"{field}: {name} is no scheme that compressed-tensors knows: {_in_one_line(error)}."
+            f"{field}: {name} is not a scheme that compressed-tensors knows: {_in_one_line(error)}."
         ) from error
 
 

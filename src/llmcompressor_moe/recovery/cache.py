@@ -107,7 +107,7 @@ def check_cache_target(directory: str | Path) -> None:
         raise ValueError(f"cache {str(directory)!r} is a file; name a directory.")
     if directory.exists() and not has_cache(directory) and any(directory.iterdir()):
         raise ValueError(
-            f"cache {str(directory)!r} holds files and is no cache; name a new or empty directory."
+            f"cache {str(directory)!r} holds files and is not a cache; name a new or empty directory."
         )
 
 
@@ -197,7 +197,7 @@ def open_cache(
     :param rows: the rows it must be of
     :param teacher: directory of the model it must be of
     :param temperature: of the loss that it is for; None: any
-    :raises ValueError: it is no cache or not complete, of other rows, another teacher or another temperature
+    :raises ValueError: it is not a cache or not complete, of other rows, another teacher or another temperature
     """
     directory = Path(directory)
     index = _read_index(directory)

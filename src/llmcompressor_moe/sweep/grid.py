@@ -160,7 +160,7 @@ class Grid(BaseModel):
 def load_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file.
 
-    :raises GridError: the file cannot be read, is no YAML, or names what there is not
+    :raises GridError: the file cannot be read, is not YAML, or names what there is not
     """
     try:
         written = read_yaml(path)

@@ -60,7 +60,7 @@ def feed_forward(module: nn.Module) -> FeedForward:
     found = [child for child in (down, joined, gate, up) if child is not None]
     if down is None or (joined is None and (gate is None or up is None)):
         raise ValueError(
-            f"{type(module).__name__} is no gated feed-forward (gate_proj, up_proj, down_proj); only those are "
+            f"{type(module).__name__} is not a gated feed-forward (gate_proj, up_proj, down_proj); only those are "
             "merged."
         )
     if any(getattr(child, "bias", None) is not None for child in found):
