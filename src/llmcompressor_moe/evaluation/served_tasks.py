@@ -55,8 +55,8 @@ def run_served_tasks(
     :param timeout: seconds until it is given up; None waits
     :param tasks: these and the others as `tasks.run_tasks` takes them
     :raises ValueError: ``checkpoint`` is not a directory with model and tokenizer; ``python`` is not an
-        interpreter or lacks vLLM or lm-eval (gives the command that installs it); a task is unknown; lm-eval failed (gives the
-        end of its log) or took too long
+        interpreter or lacks vLLM or lm-eval (gives the command that installs it); a task is unknown; lm-eval
+        failed (gives the end of its log) or took too long
     """
     checkpoint = Path(checkpoint)
     arguments = dict(model_args or {})
