@@ -29,7 +29,7 @@ browser:
 	scripts/ensure-browser.sh
 
 serving: $(MODEL_ENV) $(SERVING_ENV)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m serving -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m serving -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu: $(MODEL_ENV)
 	.venv/bin/python -m pytest -q -s -m gpu tests/gpu
