@@ -31,9 +31,6 @@ COLUMNS = ("Block Drop", "Layer Drop", "Expert Drop", "Expert Drop, uneven", "sc
 # One expert of each half, so that both groups of a group-limited router lose one.
 REMOVED = [2, 5]
 
-# Where llm-compressor itself cannot handle a family, whatever the recipe.
-UPSTREAM_LIMITS: dict[str, str] = {}
-
 # Served by real vLLM with log-probabilities equal to transformers (tests/serving).
 SERVED = (
     "mixtral",
@@ -143,7 +140,6 @@ def expected_reasons(model_type: str) -> dict[str, str]:
 def marks(model_type: str, outcome: dict[str, str]) -> dict[str, str]:
     """Column -> yes/no, after making sure that every no has its known reason."""
     reasons = expected_reasons(model_type)
-    limit = UPSTREAM_LIMITS.get(model_type)
     result = {}
     for column in COLUMNS:
         if outcome[column] == "yes":
@@ -152,7 +148,7 @@ def marks(model_type: str, outcome: dict[str, str]) -> dict[str, str]:
             )
             result[column] = "yes"
             continue
-        known = (column in reasons and reasons[column] in outcome[column]) or limit is not None
+        known = column in reasons and reasons[column] in outcome[column]
         assert known, f"{model_type}: {column}: {outcome[column]}"
         result[column] = "no"
     return result
@@ -188,9 +184,7 @@ def render(rows: dict[str, dict[str, str]]) -> str:
         lines.append(
             f"| `{model_type}` | " + " | ".join(row_marks[column] for column in COLUMNS) + f" | {served} |"
         )
-        why = sorted(
-            {*expected_reasons(model_type).values(), *filter(None, [UPSTREAM_LIMITS.get(model_type)])}
-        )
+        why = sorted(set(expected_reasons(model_type).values()))
         notes += [f"- `{model_type}`: {reason}." for reason in why]
     lines += ["", "## Why not", "", *notes, "", "## Refused", ""]
     lines += [

@@ -930,6 +930,26 @@ def test_the_command_leaves_nothing_behind(fields: str, words: str, directory: P
 
 
 @pytest.mark.parametrize(
+    ("family", "modifier", "words"),
+    [
+        ("gemma4_text", "QuantizationModifier: {scheme: FP8_DYNAMIC, ", r"'re:.*router\.proj\.?$'"),
+        ("qwen2_moe", "SparseGPTModifier: {sparsity: 0.5, ", r"'re:.*mlp\.shared_expert_gate\.?$'"),
+        ("gpt_oss", "GPTQModifier: {scheme: W8A16, ", "vLLM cannot serve quantized experts of 'gpt_oss'"),
+    ],
+)
+def test_the_command_refuses_what_modifiers_of_llm_compressor_reach(
+    family: str, modifier: str, words: str, directory: Path, tmp_path: Path
+) -> None:
+    """Before weights are read, and in recipes without any modifier of ours."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"t{3 + (i * d) % 100}" for i in range(40)) for d in range(1, 5)))
+    content = f"default_stage: {{default_modifiers: {{{modifier}targets: [Linear], ignore: [lm_head]}}}}}}"
+    result = compress(support.saved(family, directory), content, tmp_path / "out", "--dataset", text)
+    assert result.exit_code == 2 and words in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "text.txt"}
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ("target_bits: 8", "or use a plan_path or a sensitivity that needs no data"),

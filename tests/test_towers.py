@@ -11,7 +11,7 @@ import pytest
 import support
 import tiny_models
 import torch
-from compressed_tensors.utils import match_name
+from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from torch import nn
 from llmcompressor_moe import RouterAwareQuantModifier, open_moe
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.quantized_names import patterns_for
+from llmcompressor_moe.compat.llmcompressor.mappings import awq_mappings
 from llmcompressor_moe.topology import find_topology, find_towers
 
 TOWERS = {
@@ -93,6 +94,15 @@ def test_our_schemes_leave_the_tower_alone(llama4: Path, tmp_path: Path) -> None
     quantized = {name for name in after if name.endswith("self_attn.q_proj.weight_scale")}
     assert quantized == {f"language_model.model.layers.{i}.self_attn.q_proj.weight_scale" for i in (0, 1)}
     assert "quant-tower" not in {finding.code for finding in check_checkpoint(tmp_path / "out").findings}
+
+
+def test_our_smoothing_leaves_the_tower_alone(llama4: Path) -> None:
+    model = open_moe(llama4)
+    mappings = awq_mappings(model)
+    patterns = [p for mapping in mappings for p in (mapping.smooth_layer, *mapping.balance_layers)]
+    matched = {name for name, _ in match_named_modules(model, patterns)}
+    assert "language_model.model.layers.1.self_attn.q_proj" in matched
+    assert not any(name.startswith("vision_model.") for name in matched)
 
 
 def test_targets_that_reach_the_tower_are_told(llama4: Path, tmp_path: Path, warnings: list[str]) -> None:

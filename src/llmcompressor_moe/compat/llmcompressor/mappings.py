@@ -38,7 +38,8 @@ _SECOND_LINEAR = re.compile(r"(^|\.)(down_proj|output_linear|w2|fc2)$")
 
 def awq_mappings(model: PreTrainedModel) -> list[AWQMapping]:
     """llm-compressor's AWQ mappings for a model, each completed with everything that reads the layer in
-    question, and written per block, so that dense and MoE blocks can stand in one stack.
+    question, and written per block, so that blocks of several kinds can stand in one stack, and towers with layers
+    of the same names beside it.
 
     Left out are mappings from an expert's up projection to its down projection where the activation in
     between is not linear in the former (gpt-oss clamps it).
@@ -46,17 +47,19 @@ def awq_mappings(model: PreTrainedModel) -> list[AWQMapping]:
     :param model: experts linearized
     """
     topology = find_topology(model)
-    experts = [moe.experts for moe in topology.moe_layers.values()]
     found: dict[tuple[str, tuple[str, ...], str | None], list[int]] = defaultdict(list)
-    outside = []
     for mapping in upstream_awq_mappings(model):
-        if not _reaches_into(model, experts, [mapping.smooth_layer, *mapping.balance_layers]):
-            outside.append(mapping)
-            continue
+        smoothed = [name for name, _ in match_named_modules(model, [mapping.smooth_layer])]
+        balanced = [
+            name
+            for name, module in match_named_modules(model, mapping.balance_layers)
+            if _holds_matrix(module)
+        ]
         for block in topology.blocks:
-            for smooth, balance in _in_block(model, block, mapping):
+            inside = (_inside(block, smoothed), _inside(block, balanced))
+            for smooth, balance in _in_block(model, block, *inside):
                 found[smooth, balance, mapping.activation_hook_target].append(block.index)
-    completed = [
+    return [
         AWQMapping(
             _pattern(topology.stack, blocks, smooth),
             [_pattern(topology.stack, blocks, path) for path in balance],
@@ -64,7 +67,6 @@ def awq_mappings(model: PreTrainedModel) -> list[AWQMapping]:
         )
         for (smooth, balance, hook_target), blocks in found.items()
     ]
-    return [*outside, *completed]
 
 
 def smoothquant_mappings(model: PreTrainedModel) -> list[Sequence]:
@@ -89,13 +91,19 @@ def _reaches_into(model: nn.Module, places: Iterable[str], patterns: Iterable[st
     return any(name.startswith(prefixes) for name, _ in match_named_modules(model, list(patterns)))
 
 
-def _in_block(model: nn.Module, block: Block, mapping: AWQMapping) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(smooth, balance) as paths in the block, experts' numbers as ``\\d+``, for one mapping."""
-    root = model.get_submodule(block.name)
-    smooth = [name for name, _ in match_named_modules(root, [mapping.smooth_layer])]
-    balance = [
-        name for name, module in match_named_modules(root, mapping.balance_layers) if _holds_matrix(module)
-    ]
+def _inside(block: Block, names: Iterable[str]) -> list[str]:
+    prefix = f"{block.name}."
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _in_block(
+    model: nn.Module, block: Block, smooth: Sequence[str], balance: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(smooth, balance) as paths in the block, experts' numbers as ``\\d+``, for one mapping.
+
+    :param smooth: what the mapping smooths in the block, as paths in it
+    :param balance: what it balances there
+    """
     if len(smooth) == 1:
         readers = _readers(model, block)
         reads_norm = bool(readers) and bool(set(readers) & set(balance))
