@@ -394,6 +394,27 @@ def test_eight_bit_floats_take_no_more_than_was_promised(directory: Path, tmp_pa
 # Schemes that do not fit the model
 
 
+@pytest.mark.parametrize(("attention", "fitting"), [(None, 48), ("W4A16", 16), ("MXFP4A16", 48)])
+def test_the_suggested_group_size_fits_all_weights_that_share_it(
+    tmp_path: Path, attention: str | None, fitting: int
+) -> None:
+    """Experts have 192 and 48 inputs, attention 192 and 64. The groups of MXFP4 are not the recipe's to set."""
+    path = support.saved(
+        "qwen3_moe", tmp_path, num_layers=2, hidden_size=192, moe_intermediate_size=48, head_dim=32
+    )
+    fields = {"target_bits": 6, "attention_scheme": attention, "sensitivity": "weight_error"}
+    does_not_fit = fields | {"group_size": 96}
+    with pytest.raises(ValueError, match=rf"divide its \d+ inputs; group_size={fitting} does"):
+        support.trim(support.load(path), Quant(**does_not_fit), no_data=True)
+    support.trim(support.load(path), Quant(**fields, group_size=fitting), no_data=True)
+    for asked in (fields, does_not_fit):
+        written = {"RouterAwareQuantModifier": {name: value for name, value in asked.items() if value}}
+        text = json.dumps({"default_stage": {"default_modifiers": written}})
+        said = run("inspect", path, "--recipe", recipe(tmp_path, text))
+        assert said.exit_code == 2
+        assert f"group_size={fitting} does" in " ".join(said.output.split())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -33,6 +33,7 @@ from llmcompressor_moe.plan import ExpertRoom
 from llmcompressor_moe.quantization.schemes import resolve_schemes
 from llmcompressor_moe.quantization.sizes import StoredSize
 from llmcompressor_moe.sweep.choice import Drops, require_possible
+from llmcompressor_moe.sweep.fitting import fit_schemes
 from llmcompressor_moe.sweep.grid import Grid, Row
 
 FACTORS = {"blocks": 1.5, "layers": 2.0, "experts": 1.2, "bits": 0.4}
@@ -468,12 +469,39 @@ def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
         ((model, "--grid", grid, "--scheme", "W8A16"), "names the schemes"),
         ((model, "--dataset", text, "--output", tmp_path), "is a directory; name a file"),
         ((model, "--dataset", text, "--scheme", "W9A99"), "is not a preset"),
-        ((model, "--dataset", text), "does not fit the experts of block 0: group size 128 does not divide"),
+        (
+            (model, "--dataset", text, "--scheme", "W4A16"),
+            "does not fit the experts of block 0: group size 128 does not divide its 64 inputs; group_size=64",
+        ),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, (arguments, result.output)
         assert said in " ".join(result.output.split()), (arguments, result.output)
     assert "allowed-increase" in run(model, "--allowed-increase", -1).output
+
+
+@pytest.mark.parametrize(
+    ("width", "remark"),
+    [
+        (48, "W4A16 and W8A16 get groups of 48, which divide the inputs of all experts"),
+        (20, "W4A16 and W8A16 are left out: no group size divides the inputs of all experts"),
+    ],
+)
+def test_schemes_that_nobody_asked_for_are_adapted_or_left_out(width, remark, text, tmp_path):
+    sizes = {"hidden_size": 96, "intermediate_size": width}
+    model = support.saved("mixtral", tmp_path, num_layers=2, num_experts=4, **sizes)
+    fast = ("--dataset", text, "--num-samples", 2, "--sequence-length", 16, "--kl-samples", 1)
+    written = tmp_path / "forecast.json"
+    result = run(model, *fast, "--output", written)
+    assert result.exit_code == 0, result.output
+    assert remark in " ".join(result.output.split())
+    bits = {one["point"]["bits"] for one in json.loads(written.read_text())["points"]} - {None}
+    assert bool(bits) == (width == 48)
+    # a sweep takes the same; what is asked for stays as it is
+    assert fit_schemes(model, Grid(points=[Row()])).grid.group_size == (48 if width == 48 else None)
+    for asked in ({"group_size": 96}, {"schemes": ["W4A16"]}):
+        with pytest.raises(ValueError, match="group_size=48 does" if width == 48 else "channel-wise scales"):
+            fit_schemes(model, Grid(points=[Row()], **asked))
 
 
 def test_evidence_of_another_model_of_the_same_shape(made, model, tmp_path):

@@ -23,7 +23,7 @@ from llmcompressor_moe.modifiers.router_calibration import RouterCalibrationModi
 from llmcompressor_moe.parts import ATTENTION, DENSE, SHARED
 from llmcompressor_moe.plan import amount_of
 from llmcompressor_moe.quantization.refusals import check_servable
-from llmcompressor_moe.quantization.schemes import resolve_schemes
+from llmcompressor_moe.quantization.schemes import resolve_scheme, resolve_schemes, shares_group_size
 from llmcompressor_moe.sizes import bytes_text, parse_bytes
 from llmcompressor_moe.surgery.config import describe_layers, keep_blocks
 
@@ -169,7 +169,21 @@ def _slim(directory: str, name: str, modifier: RouterAwareQuantModifier) -> Step
     """The model after quantization: what it weighs follows from the budget, whatever is chosen within it."""
     if modifier.plan_path is not None:
         raise ForecastError(f"{name}: a plan decides the schemes; give target_bits or target_size.")
-    inspection = inspect_model(directory, modifier.schemes, modifier.group_size)
+    parts = [
+        (kinds, scheme)
+        for kinds, scheme in (
+            ((ATTENTION,), modifier.attention_scheme),
+            ((DENSE, SHARED), modifier.dense_scheme),
+        )
+        if scheme is not None
+    ]
+    sharing = [
+        kind
+        for kinds, scheme in parts
+        if shares_group_size(resolve_scheme(scheme, modifier.group_size, "scheme").scheme)
+        for kind in kinds
+    ]
+    inspection = inspect_model(directory, modifier.schemes, modifier.group_size, sharing)
     if modifier.servable and modifier.granularity == "layer":
         candidates = resolve_schemes(modifier.schemes, modifier.group_size, "schemes")
         check_servable(inspection.model_type, candidates, all_layers=True)
@@ -177,12 +191,7 @@ def _slim(directory: str, name: str, modifier: RouterAwareQuantModifier) -> Step
     if refused:
         raise ForecastError(f"{name}: {'; '.join(refused)}.")
     saved = sum(
-        scheme_saving(directory, parts, scheme, modifier.group_size)
-        for parts, scheme in (
-            ((ATTENTION,), modifier.attention_scheme),
-            ((DENSE, SHARED), modifier.dense_scheme),
-        )
-        if scheme is not None
+        scheme_saving(directory, kinds, scheme, modifier.group_size, sharing) for kinds, scheme in parts
     )
     sizes = sorted(size.bits for size in inspection.schemes)
     smallest, largest = sizes[0], sizes[-1]

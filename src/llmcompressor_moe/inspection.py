@@ -157,13 +157,17 @@ class _BlockCount:
 
 
 def inspect_model(
-    path: str | Path, schemes: Sequence[SchemeSpec] = DEFAULT_SCHEMES, group_size: int | None = None
+    path: str | Path,
+    schemes: Sequence[SchemeSpec] = DEFAULT_SCHEMES,
+    group_size: int | None = None,
+    beside: Collection[str] = (),
 ) -> ModelInspection:
     """Lay a model out on the meta device and count it.
 
     :param path: a checkpoint directory, or one with a config.json only, or the config.json itself
     :param schemes: schemes to size the routed experts in
     :param group_size: replaces the group size of their group-wise integer weights
+    :param beside: kinds of other parts whose Linears share that group size
     :raises FileNotFoundError: there is no config.json
     :raises ValueError: transformers cannot build the model from it, or a scheme is unknown
     :raises NotAnMoEError: the model has no MoE layer
@@ -184,20 +188,28 @@ def inspect_model(
         raise ValueError(f"{root}/config.json: {cls.__name__} cannot be built from it: {error}") from error
     inspection = _inspection(root, config, expected.model, find_topology(expected.model))
     if schemes:
-        inspection.schemes = scheme_sizes(expert_linears(expected), schemes, group_size, config.dtype)
+        others = linears_of(expected, beside)
+        inspection.schemes = scheme_sizes(expert_linears(expected), schemes, group_size, config.dtype, others)
     return inspection
 
 
 def scheme_saving(
-    path: str | Path, parts: Collection[str], scheme: SchemeSpec, group_size: int | None
+    path: str | Path,
+    parts: Collection[str],
+    scheme: SchemeSpec,
+    group_size: int | None,
+    beside: Collection[str] = (),
 ) -> int:
     """Bytes that the Linears of kinds of parts other than routed experts save in a scheme.
 
+    :param beside: kinds of parts that share the group size with them and with routed experts
     :raises ValueError: see `inspect_model`; or the scheme does not fit
     """
     config = read_config(path)
-    linears = linears_of(lay_out(config), parts)
-    plain, packed = scheme_sizes(linears, [UNQUANTIZED, scheme], group_size, config.dtype)
+    expected = lay_out(config)
+    others = (*expert_linears(expected), *linears_of(expected, beside))
+    linears = linears_of(expected, parts)
+    plain, packed = scheme_sizes(linears, [UNQUANTIZED, scheme], group_size, config.dtype, others)
     if packed.refused is not None:
         raise ValueError(f"{packed.scheme} does not fit the model's {' and '.join(parts)}: {packed.refused}.")
     return plain.nbytes - packed.nbytes

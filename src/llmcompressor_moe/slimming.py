@@ -68,23 +68,33 @@ def linears_of(expected: ExpectedModel, parts: Collection[str]) -> Counter[Linea
 
 
 def scheme_sizes(
-    linears: Counter[LinearShape], specs: Sequence[SchemeSpec], group_size: int | None, dtype: torch.dtype
+    linears: Counter[LinearShape],
+    specs: Sequence[SchemeSpec],
+    group_size: int | None,
+    dtype: torch.dtype,
+    beside: Collection[LinearShape] = (),
 ) -> list[SchemeSize]:
     """Linears in each of several schemes.
 
     :param specs: preset names of compressed-tensors, or schemes written out
     :param group_size: replaces the group size of group-wise integer schemes
     :param dtype: dtype of the plain weights
+    :param beside: other Linears that share the group size, which a way out has to suit
     :raises ValueError: a scheme is unknown, malformed or named twice
     """
-    return [_size(candidate, linears, dtype) for candidate in resolve_schemes(specs, group_size, "scheme")]
+    inputs = {shape.in_features for shape in (*linears, *beside)}
+    return [
+        _size(candidate, linears, dtype, inputs) for candidate in resolve_schemes(specs, group_size, "scheme")
+    ]
 
 
-def _size(candidate: Candidate, linears: Counter[LinearShape], dtype: torch.dtype) -> SchemeSize:
+def _size(
+    candidate: Candidate, linears: Counter[LinearShape], dtype: torch.dtype, inputs: Collection[int]
+) -> SchemeSize:
     nbytes = bits = weights = 0
     for shape, count in linears.items():
         if candidate.scheme is not None:
-            reason = why_not_divisible(candidate.scheme, shape.out_features, shape.in_features)
+            reason = why_not_divisible(candidate.scheme, shape.out_features, shape.in_features, inputs)
             if reason is not None:
                 return SchemeSize(scheme=candidate.name, refused=reason)
         size = linear_size("", nn.Linear(*shape, device="meta", dtype=dtype), candidate.scheme)

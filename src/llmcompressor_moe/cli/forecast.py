@@ -39,7 +39,8 @@ def forecast(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="Weight-only preset for experts, repeatable. Defaults to W4A16, W8A16 and UNQUANTIZED."
+            help="Weight-only preset for experts, repeatable. Defaults to W4A16, W8A16 and UNQUANTIZED, in "
+            "groups that fit the model."
         ),
     ] = None,
     group_size: Annotated[
@@ -78,11 +79,11 @@ def forecast(
     from llmcompressor_moe.checkpoint.files import check_can_write_file, write_text
     from llmcompressor_moe.cli.logs import logs
     from llmcompressor_moe.demo import DEMO_MODEL
-    from llmcompressor_moe.evidence.gather import CalibrationSettings, model_shape
+    from llmcompressor_moe.evidence.gather import CalibrationSettings
     from llmcompressor_moe.outlook import outlook
     from llmcompressor_moe.outlook.report import check_allowed, common_ranges
-    from llmcompressor_moe.quantization.schemes import resolve_schemes
     from llmcompressor_moe.sweep.choice import require_possible
+    from llmcompressor_moe.sweep.fitting import fit_schemes
 
     model = model or DEMO_MODEL
     with logs(verbose), user_errors(show_trace=verbose):
@@ -97,8 +98,10 @@ def forecast(
         for path in filter(None, (output, save_evidence)):
             check_can_write_file(path, [one for one in (model, evidence, grid, dataset) if one is not None])
         wanted = _grid(grid, scheme, group_size)
-        candidates = resolve_schemes(wanted.schemes, wanted.group_size, "schemes")
-        shape = model_shape(model, candidates)
+        fitted = fit_schemes(model, wanted)
+        if fitted.remark is not None:
+            messages.remark(fitted.remark, "yellow")
+        wanted, candidates, shape = fitted.grid, fitted.candidates, fitted.shape
         ranges = common_ranges(shape)
         points = [*ranges, *wanted.points] if grid else ranges
         asked = wanted.model_copy(update={"points": points})

@@ -23,7 +23,7 @@ from llmcompressor_moe.evidence.data import Evidence
 from llmcompressor_moe.inspection import inspect_model, read_config
 from llmcompressor_moe.loading import DTYPES, load_tokenizer
 from llmcompressor_moe.plan import ExpertRoom
-from llmcompressor_moe.quantization.schemes import Candidate, why_not_divisible
+from llmcompressor_moe.quantization.schemes import Candidate, fitting_group_size, why_not_divisible
 from llmcompressor_moe.quantization.sizes import StoredSize, linear_size
 from llmcompressor_moe.slimming import LinearShape
 from llmcompressor_moe.surgery.session import TrimSession
@@ -31,7 +31,25 @@ from llmcompressor_moe.surgery.session import TrimSession
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["CalibrationSettings", "ModelShape", "gather_evidence", "load_evidence", "model_shape"]
+__all__ = [
+    "CalibrationSettings",
+    "ModelShape",
+    "SchemeDoesNotFitError",
+    "gather_evidence",
+    "load_evidence",
+    "model_shape",
+]
+
+
+class SchemeDoesNotFitError(ValueError):
+    """A candidate's groups or blocks do not divide the experts' weights.
+
+    :ivar group_size: one that fits all experts of the model, None where only channel-wise scales do
+    """
+
+    def __init__(self, message: str, group_size: int | None) -> None:
+        super().__init__(message)
+        self.group_size = group_size
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,8 @@ def model_shape(model: str | Path, candidates: Sequence[Candidate]) -> ModelShap
 
     :param model: its directory
     :raises FileNotFoundError: there is no config.json
-    :raises ValueError: the model cannot be built from it, is quantized already, or a candidate does not fit
+    :raises ValueError: the model cannot be built from it, or is quantized already
+    :raises SchemeDoesNotFitError: a candidate does not fit
     """
     inspection = inspect_model(model, schemes=())
     if inspection.quantization is not None:
@@ -110,6 +129,8 @@ def model_shape(model: str | Path, candidates: Sequence[Candidate]) -> ModelShap
     expected = lay_out(read_config(model))
     dtype = getattr(torch, inspection.dtype)
     layers = expected.moe_layers
+    linears = {index: _linears(expected, index, moe.num_experts) for index, moe in layers.items()}
+    _require_fitting(linears, candidates)
     return ModelShape(
         model_type=inspection.model_type,
         blocks=inspection.blocks,
@@ -118,8 +139,7 @@ def model_shape(model: str | Path, candidates: Sequence[Candidate]) -> ModelShap
             for index, moe in layers.items()
         },
         sizes={
-            index: [_sizes(_linears(expected, index, moe.num_experts), candidates, dtype, index)]
-            * moe.num_experts
+            index: [_sizes(linears[index], candidates, dtype)] * moe.num_experts
             for index, moe in layers.items()
         },
     )
@@ -218,20 +238,31 @@ def _linears(expected: ExpectedModel, layer: int, experts: int) -> dict[LinearSh
     return {shape: count // experts for shape, count in counted.items()}
 
 
+def _require_fitting(
+    linears: Mapping[int, Mapping[LinearShape, int]], candidates: Iterable[Candidate]
+) -> None:
+    """Refuse candidates that do not fit the Linears of some layer's experts."""
+    inputs = {shape.in_features for shapes in linears.values() for shape in shapes}
+    for candidate in candidates:
+        for layer, shapes in linears.items():
+            for shape in shapes:
+                reason = candidate.scheme and why_not_divisible(
+                    candidate.scheme, shape.out_features, shape.in_features, inputs
+                )
+                if reason:
+                    raise SchemeDoesNotFitError(
+                        f"schemes: {candidate.name} does not fit the experts of block {layer}: {reason}.",
+                        fitting_group_size(inputs),
+                    )
+
+
 def _sizes(
-    linears: Mapping[LinearShape, int], candidates: Iterable[Candidate], dtype: torch.dtype, layer: int
+    linears: Mapping[LinearShape, int], candidates: Iterable[Candidate], dtype: torch.dtype
 ) -> dict[str, StoredSize]:
     found = {}
     for candidate in candidates:
         total = StoredSize()
         for shape, count in linears.items():
-            reason = candidate.scheme and why_not_divisible(
-                candidate.scheme, shape.out_features, shape.in_features
-            )
-            if reason:
-                raise ValueError(
-                    f"schemes: {candidate.name} does not fit the experts of block {layer}: {reason}."
-                )
             size = linear_size("", nn.Linear(*shape, device="meta", dtype=dtype), candidate.scheme)
             total += StoredSize(bits=count * size.bits, weights=count * size.weights)
         found[candidate.name] = total

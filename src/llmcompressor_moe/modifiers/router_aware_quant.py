@@ -153,11 +153,14 @@ class RouterAwareQuantModifier(MoEModifier):
             planner.names,
             self.kv_cache_scheme is not None,
         )
-        for experts in planner.experts.values():
-            linears = {name: linear for expert in experts for name, linear in expert.items()}
-            refusals.check_shapes(linears, self._asked.candidates, self._source)
-        for field, (candidate, linears) in planner.fixed.items():
-            refusals.check_shapes(linears, [candidate], field)
+        routed = {
+            name: linear
+            for experts in planner.experts.values()
+            for expert in experts
+            for name, linear in expert.items()
+        }
+        fixed = [(field, [candidate], linears) for field, (candidate, linears) in planner.fixed.items()]
+        refusals.check_shapes([(self._source, self._asked.candidates, routed), *fixed])
         if self._router_scheme is not None:
             check_routers(session, self._router_scheme)
         if self.servable and self.granularity == "layer":

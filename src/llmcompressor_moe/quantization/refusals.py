@@ -17,6 +17,7 @@ from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.quantization.schemes import (
     UNQUANTIZED,
     Candidate,
+    shares_group_size,
     why_not_divisible,
     why_vllm_cannot_serve,
 )
@@ -106,22 +107,24 @@ def quantized_linears(modifier: Modifier, model: nn.Module) -> list[str]:
     ]
 
 
-def check_shapes(linears: Mapping[str, nn.Linear], candidates: Sequence[Candidate], field: str) -> None:
+def check_shapes(asked: Iterable[tuple[str, Sequence[Candidate], Mapping[str, nn.Linear]]]) -> None:
     """Refuse schemes whose groups or blocks do not fit.
 
-    :param linears: module path -> Linear
-    :raises ValueError: names the scheme, the module, both sizes and a size that fits
+    :param asked: field of the recipe, its schemes, and the Linears that get one of them, by module path
+    :raises ValueError: names the scheme, the module, both sizes and a size that fits all that share it
     """
-    seen: set[tuple[int, int]] = set()
-    for name, linear in linears.items():
-        shape = (linear.out_features, linear.in_features)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        for candidate in candidates:
-            reason = candidate.scheme and why_not_divisible(candidate.scheme, *shape)
-            if reason:
-                raise ValueError(f"{field}: {candidate.name} cannot quantize {name}: {reason}.")
+    wanted: dict[tuple[str, str, tuple[int, int]], tuple[QuantizationScheme, str]] = {}
+    for field, candidates, linears in asked:
+        for name, linear in linears.items():
+            for candidate in candidates:
+                if candidate.scheme is not None:
+                    key = (field, candidate.name, (linear.out_features, linear.in_features))
+                    wanted.setdefault(key, (candidate.scheme, name))
+    shared = {shape[1] for (_, _, shape), (scheme, _) in wanted.items() if shares_group_size(scheme)}
+    for (field, candidate, shape), (scheme, name) in wanted.items():
+        reason = why_not_divisible(scheme, *shape, shared)
+        if reason:
+            raise ValueError(f"{field}: {candidate} cannot quantize {name}: {reason}.")
 
 
 def check_servable(model_type: str, candidates: Sequence[Candidate], all_layers: bool) -> None:

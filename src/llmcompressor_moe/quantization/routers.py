@@ -41,8 +41,9 @@ def check_routers(session: TrimSession, candidate: Candidate) -> None:
             f"router={candidate.name!r}: no router of this {session.topology.model_type!r} model has a matrix "
             "that could be rounded; leave router out."
         )
+    inputs = [parameter.shape[1] for parameter in matrices.values()]
     for name, parameter in matrices.items():
-        reason = why_not_divisible(candidate.scheme, *parameter.shape)
+        reason = why_not_divisible(candidate.scheme, *parameter.shape, inputs)
         if reason is not None:
             raise ValueError(f"router: {candidate.name} cannot round {name}: {reason}.")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,11 @@ __all__ = [
     "UNQUANTIZED",
     "Candidate",
     "SchemeSpec",
+    "fitting_group_size",
     "needs_static_inputs",
     "resolve_scheme",
     "resolve_schemes",
+    "shares_group_size",
     "why_not_divisible",
     "why_vllm_cannot_serve",
 ]
@@ -116,7 +119,7 @@ def resolve_scheme(spec: SchemeSpec, group_size: int | None, field: str) -> Cand
     reason = _why_unusable(scheme)
     if reason is not None:
         raise ValueError(f"{field}: {name}: {reason}.")
-    if group_size is not None and weights.strategy == QuantizationStrategy.GROUP and _is_int(weights):
+    if group_size is not None and shares_group_size(scheme):
         weights.group_size = group_size
     return Candidate(name, scheme)
 
@@ -181,12 +184,42 @@ def needs_static_inputs(scheme: QuantizationScheme | None) -> bool:
     return inputs is not None and inputs.dynamic in (False, DynamicType.LOCAL)
 
 
-def why_not_divisible(scheme: QuantizationScheme, out_features: int, in_features: int) -> str | None:
-    """Why a scheme's groups or blocks do not fit a weight [out, in]; None if they do."""
+def fitting_group_size(inputs: Iterable[int]) -> int | None:
+    """The group size to take for weights of these numbers of inputs, None where only channel-wise scales fit.
+
+    One of those that vLLM has fast kernels for where possible, else the largest below 128
+    that packs into whole words.
+    """
+    common = math.gcd(*inputs)
+    sizes = [size for size in (128, 64, 32, *range(120, 8, -8)) if common % size == 0]
+    return sizes[0] if sizes else None
+
+
+def shares_group_size(scheme: QuantizationScheme | None) -> bool:
+    """Whether the field ``group_size`` replaces the size of a scheme's groups."""
+    return (
+        scheme is not None
+        and scheme.weights.strategy == QuantizationStrategy.GROUP
+        and _is_int(scheme.weights)
+    )
+
+
+def why_not_divisible(
+    scheme: QuantizationScheme, out_features: int, in_features: int, inputs: Iterable[int] = ()
+) -> str | None:
+    """Why a scheme's groups or blocks do not fit a weight [out, in]; None if they do.
+
+    :param inputs: numbers of inputs of all weights that share the group size; the way out suits them too
+    """
     weights = scheme.weights
     if weights.strategy in _GROUPED and in_features % weights.group_size:
-        fitting = [size for size in (256, 128, 96, 64, 48, 32, 16) if in_features % size == 0]
-        way_out = f"group_size={fitting[0]} does" if fitting else "use a scheme with channel-wise scales"
+        fitting = fitting_group_size((in_features, *inputs))
+        if fitting is None:
+            way_out = "use a scheme with channel-wise scales"
+        elif shares_group_size(scheme):
+            way_out = f"group_size={fitting} does"
+        else:
+            way_out = f"use a scheme of integers with group_size={fitting}"
         return f"group size {weights.group_size} does not divide its {in_features} inputs; {way_out}"
     if weights.strategy == QuantizationStrategy.BLOCK:
         rows, columns = weights.block_structure

@@ -31,11 +31,11 @@ from llmcompressor_moe.evidence.gather import (
     CalibrationSettings,
     gather_evidence,
     load_evidence,
-    model_shape,
 )
-from llmcompressor_moe.quantization.schemes import Candidate, resolve_schemes
+from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.report import shown_path
 from llmcompressor_moe.sweep.choice import Choice, choose, require_possible
+from llmcompressor_moe.sweep.fitting import fit_schemes
 from llmcompressor_moe.sweep.grid import Grid, Point
 from llmcompressor_moe.sweep.report import PointResult, SweepReport
 from llmcompressor_moe.sweep.variant import make_variant
@@ -92,8 +92,11 @@ def run_sweep(
     check_can_write(output)
     if Path(model).resolve() in {output.resolve(), *output.resolve().parents}:
         raise ValueError(f"output={str(output)!r} lies in the model {str(model)!r}; name another directory.")
-    candidates = {c.name: c for c in resolve_schemes(grid.schemes, grid.group_size, "schemes")}
-    shape = model_shape(model, list(candidates.values()))
+    fitted = fit_schemes(model, grid)
+    if fitted.remark is not None:
+        announce(fitted.remark)
+    grid, shape = fitted.grid, fitted.shape
+    candidates = {candidate.name: candidate for candidate in fitted.candidates}
     require_possible(grid, shape)
     check_evaluation(settings.evaluation, model)
     _calibration(settings).check(model)
