@@ -189,7 +189,7 @@ def test_says_when_there_is_no_room(
 
 def test_a_folder_that_is_not_there(base: PreTrainedModel, tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match=r"directory is .*missing.* no folder"),
+        pytest.raises(ValueError, match=r"directory is .*missing.* not a folder"),
         recorded_base(base, support.tokenizer(), support.token_ids(2, 24), directory=tmp_path / "missing"),
     ):
         pass

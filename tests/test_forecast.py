@@ -91,7 +91,7 @@ def test_what_was_dropped_before_stays_dropped(tmp_path):
         ("RouterAwareQuantModifier: {target_size: 20GiB}", "cannot be smaller than 24.6 GiB"),
         ("RouterAwareQuantModifier: {target_bits: 3.0}", "its smallest scheme takes 4.125"),
         ("RouterAwareQuantModifier: {target_bits: 5, group_size: 96}", "group size 96 does not divide"),
-        ("RouterAwareQuantModifier: {target_bits: 5, attention_scheme: W4A61}", "no preset"),
+        ("RouterAwareQuantModifier: {target_bits: 5, attention_scheme: W4A61}", "not a preset"),
     ],
 )
 def test_what_cannot_be_foretold_says_why(modifiers, words, tmp_path):

@@ -52,7 +52,7 @@ def test_reads_what_recover_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"tokens": 3}'])
 def test_refuses_what_is_no_record(text: str, tmp_path: Path) -> None:
     (tmp_path / RECOVERY_FILE).write_text(text)
-    with pytest.raises(ValueError, match="no record of a recovery"):
+    with pytest.raises(ValueError, match="not a record of a recovery"):
         read_recovery(tmp_path)
 
 

@@ -40,7 +40,7 @@ def test_json_is_the_report(good):
 def test_nothing_to_check(tmp_path):
     result = run(str(tmp_path / "absent"))
     assert result.exit_code == 2
-    assert "no directory" in result.output
+    assert "not a directory" in result.output
 
 
 def test_impossible_option(good):
