@@ -5,6 +5,7 @@ weight loaders; only then does compressed-tensors decompress them, and vLLM's un
 the result. What vLLM does after loading is left out: its kernels, and the rounding of activations.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -26,6 +27,10 @@ _PRESETS = {"nvfp4-pack-quantized": "NVFP4A16", "mxfp4-pack-quantized": "MXFP4A1
 
 def serve_compressed_experts_decompressed() -> None:
     """Replace vLLM's methods for compressed experts in this process."""
+    from compressed_tensors.compressors.nvfp4 import base
+
+    # Kernels multiply FP4 values by their scales in float32; compressed-tensors does so in bfloat16.
+    base.unpack_fp4_from_uint8 = functools.partial(base.unpack_fp4_from_uint8, dtype=torch.float32)
     for module_name, (method, kernel_choice, storage) in _COVERED.items():
         module = importlib.import_module(f"{_METHODS}.compressed_tensors_moe_{module_name}")
         # Of the kernels for packed integers only Marlin takes scales per channel; the method asks which it got.
