@@ -317,17 +317,25 @@ def test_tensor_parallel_heads_and_widths(good):
     assert errors(path, tensor_parallel=2) == set()
     assert errors(path, tensor_parallel=4) == {"parallel-heads"}
     report = check_checkpoint(path, tensor_parallel=3)
-    assert codes(report) == {"parallel-heads", "parallel-width"}
-    assert "parallel-vocab" in codes(report, "note")
+    assert codes(report) == {"parallel-heads", "parallel-width", "parallel-vocab"}
     # with expert parallelism experts stay whole, attention is still split
     assert codes(check_checkpoint(path, tensor_parallel=3, expert_parallel=3)) >= {"parallel-heads"}
 
 
 def test_key_value_heads_are_copied_but_not_torn(tmp_path):
     path = support.saved("mixtral", tmp_path, num_attention_heads=6, num_key_value_heads=3, head_dim=32)
-    assert errors(path, tensor_parallel=3) == {"parallel-width"}  # 64 wide experts
+    assert errors(path, tensor_parallel=3) == {"parallel-width", "parallel-vocab"}  # 64 wide experts, 128 words
     assert errors(path, tensor_parallel=2) == {"parallel-heads"}
-    assert errors(path, tensor_parallel=6) == {"parallel-width"}
+    assert errors(path, tensor_parallel=6) == {"parallel-width", "parallel-vocab"}
+
+
+@pytest.mark.parametrize("vocabulary", [130, 32_002])
+def test_vocabularies_are_padded_before_they_are_shared_out(tmp_path, vocabulary):
+    path = support.saved("mixtral", tmp_path, vocab_size=vocabulary, num_layers=2, num_attention_heads=4)
+    report = check_checkpoint(path, tensor_parallel=4)
+    assert report.ok
+    padded = -(-vocabulary // 64) * 64
+    assert f"to {padded}" in next(f.message for f in report.findings if f.code == "parallel-vocab")
 
 
 def test_expert_parallel(trimmed):
