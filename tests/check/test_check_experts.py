@@ -324,7 +324,10 @@ def test_tensor_parallel_heads_and_widths(good):
 
 def test_key_value_heads_are_copied_but_not_torn(tmp_path):
     path = support.saved("mixtral", tmp_path, num_attention_heads=6, num_key_value_heads=3, head_dim=32)
-    assert errors(path, tensor_parallel=3) == {"parallel-width", "parallel-vocab"}  # 64 wide experts, 128 words
+    assert errors(path, tensor_parallel=3) == {
+        "parallel-width",
+        "parallel-vocab",
+    }  # 64 wide experts, 128 words
     assert errors(path, tensor_parallel=2) == {"parallel-heads"}
     assert errors(path, tensor_parallel=6) == {"parallel-width", "parallel-vocab"}
 
