@@ -344,6 +344,8 @@ def test_no_class_of_ours_overrides_a_private_name() -> None:
             names = {name for base in bases for name in vars(base) if private(name) and name[1] != "_"}
             # Abstract base classes and pydantic keep books in every class.
             names = {name for name in names if not name.startswith(("_abc_", "_pydantic"))}
+            # transformers remembers answers on the class that was asked.
+            names = {name for name in names if not name.endswith("_cached_value")}
             if issubclass(cls, PreTrainedModel):
                 names -= DEFINED_BY_MODELS
             found += [f"{module.name}.{cls.__name__}.{name}" for name in names & set(vars(cls))]
