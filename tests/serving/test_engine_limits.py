@@ -1,5 +1,6 @@
 """What vLLM gets wrong, shown on untouched models, and what is refused with the plugin in place."""
 
+import ast
 import json
 import pathlib
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 from tiny_models import build
 
+from llmcompressor_moe.families import exception_for
 from serving.cases import ARCHITECTURES, PROMPTS, Case, make_case
 from serving.checkpoints import save
-from serving.engine import Result, transformers_logprobs, vllm_logprobs
+from serving.engine import PYTHON, Result, transformers_logprobs, vllm_logprobs
 
 pytestmark = pytest.mark.serving
 
@@ -79,3 +81,19 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 def test_override_that_cannot_be_honoured(name, refused):
     assert refused[name].logprobs is None
     assert REFUSED[name][2] in refused[name].error
+
+
+def test_routers_that_vllm_quantizes_where_the_config_does_not_leave_them_out():
+    """All others are built without a quantization config, which `check` relies on."""
+    (models,) = PYTHON.parents[1].glob("lib/python*/site-packages/vllm/model_executor/models")
+    following = set()
+    for module in models.glob("*.py"):
+        for call in ast.walk(ast.parse(module.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "GateLinear":
+                handed = [ast.unparse(word.value) for word in call.keywords if word.arg == "quant_config"]
+                if handed not in ([], ["None"]):
+                    following.add(module.stem)
+    # transformers does not have the last one
+    assert following == {"qwen3_moe", "lfm2_moe", "k2_horizon"}
+    assert all(exception_for(name).router_follows_config for name in ("qwen3_moe", "lfm2_moe"))
+    assert not exception_for("mixtral").router_follows_config

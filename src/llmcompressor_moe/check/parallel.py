@@ -17,8 +17,20 @@ from llmcompressor_moe.compat.transformers.per_layer import general_value
 
 # vLLM pads the vocabulary to a multiple of this.
 _VOCAB_PADDING = 64
-# Config fields that count heads, which ranks share out: those of linear attention as well.
-_HEADS = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
+# How vLLM splits projections of blocks. transformers' own plans leave out some of them, or whole families.
+_WAYS = {
+    "q_proj": "colwise",
+    "o_proj": "rowwise",
+    "gate_proj": "colwise",
+    "up_proj": "colwise",
+    "down_proj": "rowwise",
+    "input_linear": "colwise",
+    "output_linear": "rowwise",
+}
+# Gate and up in one matrix, of which a rank gets its share of each.
+_TWO_IN_ONE = ("input_linear",)
 
 
 def check_parallel(
@@ -78,7 +90,9 @@ def _check_heads(config: ReadConfig, ranks: int, findings: Findings) -> None:
     heads: dict[tuple[str, int], list[int]] = {}
     for index in range(config.num_layers):
         layer = config.layer(index)
-        for name in _HEADS:
+        kinds = getattr(layer, "layer_types", None) or []
+        linear = index < len(kinds) and kinds[index] == "linear_attention"
+        for name in (*_HEADS, *_LINEAR_HEADS) if linear else _HEADS:
             value = general_value(layer, name)
             # latent attention has one set of keys and values for all heads, on every rank
             if name == "num_key_value_heads" and general_value(layer, "kv_lora_rank"):
@@ -136,6 +150,8 @@ def _splits(config: ReadConfig, expected: ExpectedModel, experts: bool) -> Itera
         # key and value projections follow the rule for heads
         if way and not site.name.endswith((".k_proj", ".v_proj")):
             width = site.in_features if way == "rowwise" else site.out_features
+            if site.name.endswith(_TWO_IN_ONE):
+                width //= 2
             yield _Split(site.name, way, width, -1 if site.layer is None else site.layer)
     fused = {name: linear for name, linear in expected.linearized.items() if linear.native is None}
     for name, linear in fused.items() if experts else ():
@@ -148,9 +164,14 @@ def _way_of_expert(name: str) -> str:
 
 
 def _way_of(site: LinearSite, plan: list[tuple[re.Pattern, str]]) -> str | None:
+    leaf = site.name.rsplit(".", 1)[-1]
+    if site.layer is not None and leaf in _WAYS:
+        return _WAYS[leaf]
     for pattern, style in plan:
         if pattern.match(site.runtime):
-            return next((way for way in ("rowwise", "colwise") if way in style and "rep" not in style), None)
+            # what a plan gathers it splits for want of a better way, and vLLM may split it otherwise
+            kept = not any(word in style for word in ("rep", "gather"))
+            return next((way for way in ("rowwise", "colwise") if kept and way in style), None)
     return None
 
 
@@ -206,7 +227,8 @@ def _why_torn(schemes: Schemes, group: int, split: _Split, share: int) -> str | 
         return (
             f"{divided}, not a multiple of the {'blocks' if weights.block_structure else 'groups'} of {unit},"
         )
-    # inputs of weights, and outputs of zero points, share words of 32 bits
+    # Inputs of weights, and outputs of zero points, share words of 32 bits. vLLM asks that of gate and up together
+    # only, but each of them is cut.
     packed = schemes.format_of(group) is CompressionFormat.pack_quantized
     if packed and (inputs or not weights.symmetric) and share * weights.num_bits % 32:
         return f"{divided}, which {weights.num_bits} bits do not pack into whole words,"
