@@ -7,7 +7,6 @@ experts module for the output of one expert at a time.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from compressed_tensors.offload.module import offload_module, remove_module_offload
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from torch import distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.compat.compressed_tensors import is_offloaded
@@ -421,20 +420,19 @@ def _profile_and_plan(batches: list[dict]) -> tuple[Profile, dict[int, float], t
     return profile, divergence, plan
 
 
-def _rank(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+def _rank(directory: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     # Uneven shares: one rank sees three sequences, the other one.
     batches = plain_batches(4)
     result = _profile_and_plan(batches[:3] if rank == 0 else batches[3:])
-    torch.save([result[0].model_dump(mode="json"), *result[1:]], f"{directory}/rank{rank}.pt")
+    torch.save([result[0].model_dump(mode="json"), *result[1:]], directory / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_profile_and_plan_of_one(tmp_path: Path) -> None:
     alone = _profile_and_plan(plain_batches(4))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    assert support.run_forked(_rank, tmp_path, ranks=2) == [0, 0]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert ranks[0] == ranks[1], "every rank must make the same plan"
     profile, divergence, plan = ranks[0]

@@ -59,12 +59,12 @@ def cosines(stock: PreTrainedModel, dropped: list[int], part: str) -> dict[int, 
 @torch.no_grad()
 def divergences(stock: PreTrainedModel, dropped: list[int], part: str) -> dict[int, float]:
     intact, left = shortened(stock, dropped, part)
+    before = [intact(**batch, use_cache=False).logits.double().log_softmax(-1) for batch in BATCHES]
     found = {}
     for index in left:
         without, _ = shortened(stock, [*dropped, index], part)
         total = 0.0
-        for batch in BATCHES:
-            p = intact(**batch, use_cache=False).logits.double().log_softmax(-1)
+        for batch, p in zip(BATCHES, before, strict=True):
             q = without(**batch, use_cache=False).logits.double().log_softmax(-1)
             total += float((p.exp() * (p - q)).sum(-1).mean())
         found[index] = total / len(BATCHES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,12 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     own = _library().TaskManager(include_path=include_path, include_defaults=False)
     if set(names) <= set(own.all_subtasks):
         return own
-    return _library().TaskManager(include_path=include_path)
+    return _everything() if include_path is None else _library().TaskManager(include_path=include_path)
+
+
+@functools.cache
+def _everything() -> TaskManager:
+    return _library().TaskManager()
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
