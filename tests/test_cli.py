@@ -214,7 +214,7 @@ def test_python_and_command_line_do_the_same(model, text, tmp_path):
         ("{}", "names no modifier"),
         (LAYER_DROP.replace("num_drop: 1", "num_drop: 2, num_drop: 1"), "the key 'num_drop' is given twice"),
         ("default: {default_modifiers: {}}", "'default' is not a stage"),
-        ("default_stage: {LayerDropModifier: {num_drop: 1}}", "LayerDropModifier is no group"),
+        ("default_stage: {LayerDropModifier: {num_drop: 1}}", "LayerDropModifier is not a group"),
         ("default_stage: {default_modifiers: {LayerDropModifier: }}", "LayerDropModifier=None has no fields"),
         (LAYER_DROP.replace("Modifier:", ":"), "no modifier 'LayerDrop'; there are"),
         (LAYER_DROP.replace("1", "0"), "num_drop=0 must be at least 1"),
