@@ -60,7 +60,11 @@ def score(model: str, prompts: list[list[int]], options: dict[str, Any]) -> list
 
     llm = LLM(model=model, **DEFAULTS | options)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    try:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    finally:
+        # Processes of its own would stay, and hold their memory, until something collects `llm`.
+        llm.llm_engine.engine_core.shutdown()
     return [
         [entry[token].logprob for token, entry in zip(p[1:], out.prompt_logprobs[1:], strict=True)]
         for p, out in zip(prompts, outputs, strict=True)

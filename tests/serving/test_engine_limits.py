@@ -51,10 +51,10 @@ REFUSED = {
         {},
         "Layer 2 of MixtralForCausalLM: `intermediate_size: 32` cannot be honoured",
     ),
-    "transformers backend": (
-        {"2": {"num_local_experts": 6}},
+    "unread attribute, transformers backend": (
+        {"1": {"num_local_experts": 6}, "2": {"intermediate_size": 32}},
         {"model_impl": "transformers"},
-        "Layer 2: `num_local_experts: 6` cannot be honoured",
+        "Layer 2 of TransformersMoEForCausalLM: `intermediate_size: 32` cannot be honoured",
     ),
     # vLLM finds this one itself: the router in the checkpoint has eight rows.
     "config that lies": (

@@ -12,8 +12,9 @@ import torch
 from llmcompressor_moe_vllm import building
 from llmcompressor_moe_vllm.building import Build, refuse_settings, verify
 from llmcompressor_moe_vllm.config_view import allow_global_reads, global_reads_allowed, layer_view
-from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer
-from llmcompressor_moe_vllm.overrides import LayerOverride, UnsupportedOverrideError, read_plan
+from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer, leave_out
+from llmcompressor_moe_vllm.loading import ExpertRank, load_by_layer
+from llmcompressor_moe_vllm.overrides import LayerOverride, UnsupportedOverrideError, global_count, read_plan
 from llmcompressor_moe_vllm.patching import wrap_everywhere
 from torch import nn
 from transformers import CONFIG_MAPPING
@@ -172,6 +173,8 @@ class TestBuildLayer:
         layer, built, registry = self.build(LayerOverride(dropped=True), nested=nested)
         name = "block.ffn" if nested else "ffn"
         assert built == BuiltLayer(name, (), False)
+        assert not [p for n, p in layer.named_parameters() if "ffn" in n and p.numel()]
+        leave_out(layer, name)
         hidden = torch.randn(3, 4)
         assert torch.equal(layer.get_submodule(name)(hidden, None, flag=True), torch.zeros(3, 4))
         assert set(registry.static_forward_context) == {"0.attn", "0.ffn.experts", "1.attn"}
@@ -237,13 +240,75 @@ class TestRefuseSettings:
 
     def test_load_balancing(self):
         with pytest.raises(UnsupportedOverrideError, match=r"enable_eplb.*layers \[1\]"):
-            refuse_settings(self.settings(eplb=True), self.dropped)
+            refuse_settings(self.settings(eplb=True), self.dropped, 1)
 
-    def test_expert_parallelism_with_different_counts(self):
-        with pytest.raises(UnsupportedOverrideError, match=r"enable_expert_parallel.*layers \[2\]"):
-            refuse_settings(self.settings(expert_parallel=True), self.dropped | self.counted)
-        refuse_settings(self.settings(expert_parallel=True), self.dropped)
-        refuse_settings(self.settings(), self.counted)
+    def test_expert_parallelism_with_fewer_experts_than_ranks(self):
+        with pytest.raises(UnsupportedOverrideError, match=r"over 8 ranks .* layers \[2\], which have fewer"):
+            refuse_settings(self.settings(expert_parallel=True), self.dropped | self.counted, 8)
+        refuse_settings(self.settings(expert_parallel=True), self.dropped | self.counted, 5)
+
+
+class TestLoading:
+    class Stacked(nn.Module):
+        """Reshapes what it loads by the count in the config, and takes a rank's equal share of that."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+            self.held: dict[str, list[int]] = {}
+
+        def load_weights(self, weights: Any) -> set[str]:
+            half = self.config.num_local_experts // 2
+            return self.load_share(half, weights=weights, ep_rank_end=2 * half)
+
+        def load_share(self, ep_rank_start: int, ep_rank_end: int, weights: Any) -> set[str]:
+            found = {name: weight.view(self.config.num_local_experts, -1)[:, 0] for name, weight in weights}
+            self.held |= {
+                name: rows[ep_rank_start:ep_rank_end].tolist()
+                for name, rows in found.items()
+                if "layers" in name
+            }
+            return set(found)
+
+    weights = (
+        ("embed", torch.zeros(8, 2)),
+        ("layers.0.w", torch.arange(8).repeat_interleave(4)),
+        ("layers.1.w", torch.arange(5).repeat_interleave(4)),
+        ("layers.2.w", torch.arange(8).repeat_interleave(4)),
+    )
+
+    @pytest.mark.parametrize(
+        ("rank", "held"),
+        [
+            (ExpertRank(), {0: range(8), 1: range(5), 2: range(8)}),
+            (ExpertRank(0, 2), {0: range(4), 1: range(3), 2: range(4)}),
+            (ExpertRank(1, 2), {0: range(4, 8), 1: range(3, 5), 2: range(4, 8)}),
+            (ExpertRank(2, 3), {0: range(6, 8), 1: range(4, 5), 2: range(6, 8)}),
+        ],
+    )
+    def test_stacked_experts_are_loaded_by_the_count_of_their_layer(self, rank, held):
+        config = mixtral({"1": {"num_local_experts": 5}})
+        plan = read_plan(config)
+        allow_global_reads(config)
+        stacked = self.Stacked(config)
+        with pytest.raises(RuntimeError, match="invalid for input of size 20"):
+            stacked.load_weights(self.weights)
+        load_by_layer(nn.Sequential(stacked, Attention()), plan, global_count(config, plan), rank)
+        assert stacked.load_weights(self.weights) == {name for name, _ in self.weights}
+        assert stacked.held == {f"layers.{layer}.w": list(rows) for layer, rows in held.items()}
+
+    def test_loaders_that_ask_the_fused_moe_stay_as_they_are(self):
+        class Placed(nn.Module):
+            def load_weights(self, weights: Any) -> set[str]:
+                return set()
+
+        placed = Placed()
+        load_by_layer(placed, {1: LayerOverride(num_experts=5)}, 8, ExpertRank(0, 2))
+        assert "load_weights" not in vars(placed)
+
+    def test_plan_without_counts_has_no_global_count(self):
+        config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}})
+        assert global_count(config, read_plan(config)) is None
 
 
 def test_wrapper_stands_wherever_the_function_was_imported(monkeypatch: pytest.MonkeyPatch):

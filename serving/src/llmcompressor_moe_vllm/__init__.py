@@ -10,6 +10,9 @@ the exception: the plugin brings its class.
     config_view.py  lets one config answer for one layer while that layer is built
     layers.py       builds a layer by its override: its own expert count, or no feed-forward
     building.py     builds a model by a plan and verifies that every override was applied
+    loading.py      has loaders that go by the global count load each layer by its own
+    transformers_backend.py
+                    the same for models whose layers transformers constructs
     latent_attention.py
                     lets vLLM summarize such a config where attention is multi-head latent
     deepseek.py     a config class that neither vLLM nor transformers has

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llmcompressor_moe_vllm.config_view import allow_global_reads, global_reads_allowed
-from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer
-from llmcompressor_moe_vllm.overrides import LayerOverride, Plan, UnsupportedOverrideError, read_plan
+from llmcompressor_moe_vllm.layers import BuiltLayer, build_layer, leave_out
+from llmcompressor_moe_vllm.loading import ExpertRank, load_by_layer
+from llmcompressor_moe_vllm.overrides import (
+    LayerOverride,
+    Plan,
+    UnsupportedOverrideError,
+    global_count,
+    read_plan,
+)
+from llmcompressor_moe_vllm.transformers_backend import layers_by_plan
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -23,6 +31,12 @@ class Build:
     plan: Plan
     num_layers: int
     done: dict[int, list[BuiltLayer]] = field(default_factory=dict)
+    dropped: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Layers, and the part of each that is to be left out once the model stands."""
+
+    def record(self, index: int, built: BuiltLayer) -> None:
+        """Note what became of a layer, or of a part of it."""
+        self.done.setdefault(index, []).append(built)
 
 
 _current: ContextVar[Build | None] = ContextVar("llmcompressor_moe_build", default=None)
@@ -52,7 +66,9 @@ def _planned(layer_fn: Callable[..., nn.Module], build: Build) -> Callable[..., 
         layer, built = build_layer(
             lambda: layer_fn(prefix=prefix), override, get_current_vllm_config().compilation_config
         )
-        build.done.setdefault(index, []).append(built)
+        build.record(index, built)
+        if built.dropped:
+            build.dropped.append((layer, built.dropped))
         return layer
 
     return planned_layer
@@ -72,15 +88,24 @@ def wrap_initialize_model(initialize_model: Callable[..., nn.Module]) -> Callabl
         if not plan or (outer is not None and outer.plan == plan):
             # A multimodal model initializes its text model by a call inside its own.
             return initialize_model(vllm_config, model_config=model_config, **kwargs)
-        refuse_settings(vllm_config, plan)
+        rank = _expert_rank(vllm_config)
+        refuse_settings(vllm_config, plan, rank.ranks)
         build = Build(plan, text_config.num_hidden_layers)
         token = _current.set(build)
         try:
-            with global_reads_allowed(source.hf_config, text_config):
+            with (
+                global_reads_allowed(source.hf_config, text_config),
+                layers_by_plan(plan, build.record),
+            ):
                 model = initialize_model(vllm_config, model_config=model_config, **kwargs)
         finally:
             _current.reset(token)
+        for layer, name in build.dropped:
+            leave_out(layer, name)
         verify(build, type(model).__name__, _owned_layers(build.num_layers))
+        count = global_count(text_config, plan)
+        if count is not None:
+            load_by_layer(model, plan, count, rank)
         # For the weight loaders, which size their tables by the global count.
         allow_global_reads(source.hf_config, text_config)
         return model
@@ -96,20 +121,32 @@ def _owned_layers(num_layers: int) -> range:
     return range(*get_pp_indices(num_layers, group.rank_in_group, group.world_size))
 
 
-def refuse_settings(vllm_config: "VllmConfig", plan: Plan) -> None:
-    """Raise UnsupportedOverrideError for engine settings that differing layers do not go with."""
+def _expert_rank(vllm_config: "VllmConfig") -> ExpertRank:
+    if not vllm_config.parallel_config.enable_expert_parallel:
+        return ExpertRank()
+    from vllm.distributed.parallel_state import get_ep_group
+
+    group = get_ep_group()
+    return ExpertRank(group.rank_in_group, group.world_size)
+
+
+def refuse_settings(vllm_config: "VllmConfig", plan: Plan, expert_ranks: int) -> None:
+    """Raise UnsupportedOverrideError for engine settings that differing layers do not go with.
+
+    `expert_ranks` is the number of ranks that share the experts of a layer, one without expert parallelism.
+    """
     parallel = vllm_config.parallel_config
     if parallel.enable_eplb:
         raise UnsupportedOverrideError(
             "Expert load balancing (enable_eplb) needs the same experts in every MoE layer, and layers "
             f"{sorted(plan)} differ in this checkpoint's per_layer_config. Serve it without --enable-eplb."
         )
-    counted = [index for index, override in plan.items() if override.num_experts is not None]
-    if parallel.enable_expert_parallel and counted:
+    few = [i for i, o in plan.items() if o.num_experts is not None and o.num_experts < expert_ranks]
+    if few:
         raise UnsupportedOverrideError(
-            "Expert parallelism (enable_expert_parallel) places experts by the global count, and layers "
-            f"{counted} have their own in this checkpoint's per_layer_config. Use tensor or pipeline "
-            "parallelism."
+            f"Expert parallelism (enable_expert_parallel) over {expert_ranks} ranks leaves ranks without "
+            f"an expert in layers {few}, which have fewer than {expert_ranks} in this checkpoint's "
+            "per_layer_config. Use fewer ranks, or tensor parallelism alone."
         )
 
 
@@ -125,7 +162,7 @@ def verify(build: Build, architecture: str, owned: range) -> None:
         if built is None:
             raise UnsupportedOverrideError(
                 f"Layer {index}: {_wishes(override)} cannot be honoured, because {architecture} does not "
-                "build its layers through vLLM's make_layers."
+                "build its layers through vLLM's make_layers or transformers' block classes."
             )
         _verify_layer(index, override, built, architecture)
 

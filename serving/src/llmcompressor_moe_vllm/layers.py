@@ -27,7 +27,7 @@ class BuiltLayer:
     """What came of building a layer, for the verification."""
 
     dropped: str | None
-    """Name of the feed-forward that was replaced, where one was."""
+    """Name of the feed-forward that is left out, where one is."""
     expert_counts: tuple[int, ...]
     """Routed experts of each fused MoE left in the layer."""
     read_per_layer_config: bool
@@ -40,7 +40,8 @@ def build_layer(
     """Call `make` so that the layer comes out as `override` says.
 
     A layer without a fused MoE is returned as it is, so that stacks of other parts of the model (a vision
-    tower with as many layers) pass through; the caller verifies what was applied.
+    tower with as many layers) pass through; the caller verifies what was applied. A dropped feed-forward has no
+    memory any more, but keeps its place until `leave_out`: models look at their MoE layers once all are built.
     """
     known = set(compilation_config.static_forward_context)
     with layer_view(override.values) as reads:
@@ -50,31 +51,33 @@ def build_layer(
     moes = {n: m for n, m in added.items() if n in compilation_config.static_all_moe_layers}
     dropped = None
     if override.dropped and moes:
-        dropped = _drop_feed_forward(layer, added, moes, compilation_config)
+        dropped = _release_feed_forward(layer, added, moes, compilation_config)
     counts = () if dropped else tuple(moe.moe_config.num_logical_experts for moe in moes.values())
     return layer, BuiltLayer(dropped, counts, reads.per_layer_config)
 
 
-def _drop_feed_forward(
+def leave_out(layer: nn.Module, name: str) -> None:
+    """Put a `DroppedFeedForward` in the place of the part of `layer` that was dropped when it was built."""
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, DroppedFeedForward())
+
+
+def _release_feed_forward(
     layer: nn.Module,
     added: dict[str, nn.Module],
     moes: dict[str, nn.Module],
     compilation_config: "CompilationConfig",
 ) -> str | None:
-    """Replace the largest part of `layer` that holds the MoE and no attention; returns its name."""
+    """Free the largest part of `layer` that holds the MoE and no attention; returns its name."""
     others = {id(m) for n, m in added.items() if n not in moes}
     inside = {id(m) for m in moes.values()}
     name = _widest_part(layer, inside, others)
     if name is None:
         return None
-    feed_forward = layer.get_submodule(name)
-    parent, _, child = name.rpartition(".")
-    setattr(layer.get_submodule(parent), child, DroppedFeedForward())
     for registered in moes:
         del compilation_config.static_forward_context[registered]
         compilation_config.static_all_moe_layers.remove(registered)
-    # The modules reference each other in cycles; free the memory now, not when the collector next runs.
-    for tensor in feed_forward.parameters():
+    for tensor in layer.get_submodule(name).parameters():
         tensor.data = tensor.data.new_empty(0)
     return name
 

@@ -71,6 +71,12 @@ def read_plan(config: "PreTrainedConfig") -> Plan:
     return plan
 
 
+def global_count(config: "PreTrainedConfig", plan: Plan) -> int | None:
+    """The experts of a layer that `plan` gives no count of its own; None where it gives none to any layer."""
+    names = {name for override in plan.values() for name in override.values}
+    return _global_value(config, names.pop()) if names else None
+
+
 def _canonical(config: "PreTrainedConfig", name: str) -> str:
     return config.attribute_map.get(name, name)
 
