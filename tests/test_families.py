@@ -13,6 +13,7 @@ import torch
 import transformers
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from serving.families import ARCHITECTURES, NOT_SERVED
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier
@@ -31,6 +32,13 @@ def test_family_does_what_the_support_table_says(model_type: str, tmp_path: Path
 def test_support_table_lists_every_family() -> None:
     walked = {family.model_type for family in tiny_models.families()}
     assert walked == {*support_table.written_rows(), *tiny_models.unbuildable()}
+
+
+def test_support_table_is_what_its_generator_writes() -> None:
+    rows = support_table.written_rows()
+    assert support_table.DOCUMENT.read_text() == support_table.render(rows)
+    assert len(rows) == len(ARCHITECTURES) + len(NOT_SERVED)
+    assert set(rows) == {*ARCHITECTURES, *NOT_SERVED}
 
 
 @pytest.mark.parametrize("model_type", tiny_models.buildable())

@@ -1,4 +1,4 @@
-"""The architectures and the ways of trimming that vLLM is held to, as checkpoints with references."""
+"""The ways of trimming that vLLM is held to, as checkpoints with references."""
 
 import functools
 import pathlib
@@ -6,28 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import support
 import torch
 from tiny_models import build
 from transformers import PreTrainedModel
 
+from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe.topology import find_topology
 from serving.checkpoints import drop_blocks, drop_experts, drop_moes, moe_name, save
 from serving.engine import transformers_logprobs
-
-# What checkpoints of an architecture say in config.json and the transformers config class does not.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-    "olmoe": {},
-    "glm4_moe": {"head_dim": 32},
-    "granitemoe": {},
-    "gpt_oss": {},
-    # vLLM's KV blocks, 32 tokens at least on a CPU, must divide a chunk.
-    "llama4_text": {"attention_chunk_size": 32},
-    "deepseek": {},
-    "deepseek_v2": {},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-}
+from serving.families import ARCHITECTURES
 
 # Blocks to drop where one alone would break what vLLM expects of the rest (test_engine_limits.py).
 BLOCKS = {"gpt_oss": [1, 2]}
@@ -54,8 +42,24 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     ),
 }
 
-# Variants whose layers differ: the checkpoints that only the plugin can serve.
-HETEROGENEOUS = ["layer drop", "non-uniform expert drop", "layer and expert drop"]
+
+def _blocks_and_experts(model_type: str, layers: list[int]) -> list:
+    blocks = BLOCKS.get(model_type, [2])
+    removed = {layer: [1, 5] for layer in layers if layer not in blocks}
+    return [BlockDropModifier(blocks=blocks), ExpertDropModifier(experts=removed)]
+
+
+def _layers_and_experts(model_type: str, layers: list[int]) -> list:
+    experts = {layers[0]: [3, 4], layers[1]: [0, 3, 5, 6]}
+    return [LayerDropModifier(layers=[layers[2]]), ExpertDropModifier(experts=experts)]
+
+
+# The same by this project, in the words of a recipe: all kinds of drop in two checkpoints, a plain one and one
+# that only the plugin can serve. Called with the model type and the blocks that have an MoE.
+RECIPES: dict[str, Callable[[str, list[int]], list]] = {
+    "blocks and experts": _blocks_and_experts,
+    "layers and experts": _layers_and_experts,
+}
 
 
 def _merged(*changes: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +80,26 @@ def make_case(architecture: str, variant: str, folder: pathlib.Path) -> Case:
     changes = VARIANTS[variant](model)
     path = save(model, changes, folder / f"{architecture} {variant}".replace(" ", "-"))
     return Case(path, transformers_logprobs(model, PROMPTS))
+
+
+def trimmed_case(architecture: str, recipe: str, folder: pathlib.Path) -> Case:
+    """Have `oneshot` trim a tiny model under `folder`; the reference is what transformers makes of the result.
+
+    tests/test_families.py holds transformers on trimmed checkpoints to untouched models with parts switched off.
+    """
+    path = oneshot(architecture, RECIPES[recipe], folder)
+    return Case(path, transformers_logprobs(support.load(path), PROMPTS))
+
+
+def oneshot(
+    architecture: str, recipe: Callable[[str, list[int]], list], folder: pathlib.Path
+) -> pathlib.Path:
+    """Write what `oneshot` makes of a tiny model, without data, by a recipe as in `RECIPES`."""
+    source = support.saved(architecture, folder / "untouched", **ARCHITECTURES[architecture])
+    model, output = support.load(source), folder / "trimmed"
+    layers = sorted(find_topology(model).moe_layers)
+    support.trim(model, recipe(architecture, layers), output_dir=str(output), no_data=True)
+    return output
 
 
 @functools.cache

@@ -96,9 +96,11 @@ def main(request_path: str, results_path: str) -> None:
     if request["poison"]:
         poison_fresh_memory()
     if request["unpack_experts"]:
+        from cache_shim import serve_fp8_caches_rounded
         from expert_shim import serve_compressed_experts_decompressed
 
         serve_compressed_experts_decompressed()
+        serve_fp8_caches_rounded()
     results: list[dict[str, Any]] = []
     for job in request["jobs"]:
         results.append(attempt(job))

@@ -9,9 +9,10 @@ import pytest
 from tiny_models import build
 
 from llmcompressor_moe.families import exception_for
-from serving.cases import ARCHITECTURES, PROMPTS, Case, make_case
+from serving.cases import PROMPTS, Case, make_case
 from serving.checkpoints import save
-from serving.engine import PYTHON, Result, transformers_logprobs, vllm_logprobs
+from serving.engine import PLAIN_ROTARY, PYTHON, Result, transformers_logprobs, vllm_logprobs
+from serving.families import ARCHITECTURES
 
 pytestmark = pytest.mark.serving
 
@@ -27,13 +28,13 @@ class TestWrongWithoutUs:
     @pytest.fixture(scope="class")
     def wrong(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Result]]:
         folder = tmp_path_factory.mktemp("wrong")
-        cases = {name: _untouched(name, folder / name) for name in ("deepseek_v2", "deepseek_v3")}
+        cases = {name: _untouched(name, folder / name) for name in PLAIN_ROTARY}
         shifted = ["full_attention", "sliding_attention"] * 2
         cases["gpt_oss"] = _untouched("gpt_oss", folder / "gpt_oss", layer_types=shifted)
         results = vllm_logprobs([case.checkpoint for case in cases.values()], PROMPTS, known_settings=False)
         return {name: (case, result) for (name, case), result in zip(cases.items(), results, strict=True)}
 
-    @pytest.mark.parametrize("architecture", ["deepseek_v2", "deepseek_v3"])
+    @pytest.mark.parametrize("architecture", PLAIN_ROTARY)
     def test_rotary_operator_on_a_cpu(self, architecture, wrong):
         case, result = wrong[architecture]
         assert result.difference(case.reference) > 0.01

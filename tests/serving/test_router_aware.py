@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe import ExpertDropModifier, LayerDropModifier, RouterAwareQuantModifier
 from llmcompressor_moe.check import check_checkpoint
-from serving.cases import ARCHITECTURES, PROMPTS, Case
+from serving.cases import PROMPTS, Case
 from serving.checkpoints import moe_name
 from serving.engine import FLOAT32_NOISE, Result, transformers_logprobs, vllm_logprobs
+from serving.families import ARCHITECTURES
 from serving.quantize import dequantized, write_plan
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"]
