@@ -12,6 +12,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.checkpoint.config_parts import quantization_of
 from llmcompressor_moe.checkpoint.opened import keeps_stored_precision
 from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.quantization.schemes import (
@@ -35,7 +36,7 @@ def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
             "The model is stored quantized; open it with open_moe(path, requantize=True) to decode it first, or "
             "start from the checkpoint that it was made from."
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    if quantization_of(model.config) is not None:
         raise ValueError(
             "The model is quantized already (its config has a quantization_config); give oneshot the checkpoint "
             "that it was made from."
