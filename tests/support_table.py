@@ -188,8 +188,9 @@ def render(rows: dict[str, dict[str, str]]) -> str:
         notes += [f"- `{model_type}`: {reason}." for reason in why]
     lines += ["", "## Why not", "", *notes, "", "## Refused", ""]
     lines += [
-        "These Mixture-of-Experts families of transformers do not follow the experts interface. `inspect` and "
-        "`compress` refuse them, from the config alone. vLLM has no class for Switch Transformers and NLLB-MoE.",
+        "`inspect` and `compress` refuse these Mixture-of-Experts families of transformers, from the config "
+        "alone. vLLM has no class for JetMoE, NLLB-MoE and Switch Transformers; of Qwen3-Omni it serves the whole "
+        "model only.",
         "",
     ]
     lines += [f"- `{name}`: {reason}." for name, reason in sorted(refused_families().items())]
