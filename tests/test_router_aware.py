@@ -304,13 +304,24 @@ def test_ignored_layers_stay(directory: Path, tmp_path: Path) -> None:
 # Algorithms
 
 
-@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_algorithms_of_upstream(algorithm: str, family: str, directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "family", "fields"),
+    [
+        ("gptq", "mixtral", {}),
+        ("gptq", "qwen3_moe", {}),
+        ("awq", "mixtral", {}),
+        ("awq", "qwen3_moe", {}),
+        # One norm before experts in groups and shared experts in channels.
+        ("awq", "glm4_moe", {"dense_scheme": "FP8_DYNAMIC"}),
+    ],
+)
+def test_algorithms_of_upstream(
+    algorithm: str, family: str, fields: dict[str, Any], directory: Path, tmp_path: Path
+) -> None:
     base = support.saved(family, directory)
     options = {"ids": support.token_ids(16, 32)}
-    plain, _ = quantize(base, tmp_path / "rtn", options=options)
-    model, report = quantize(base, tmp_path / algorithm, options=options, algorithm=algorithm)
+    plain, _ = quantize(base, tmp_path / "rtn", options=options, **fields)
+    model, report = quantize(base, tmp_path / algorithm, options=options, algorithm=algorithm, **fields)
     assert on_disk(tmp_path / algorithm) == pytest.approx(report.nbytes, rel=0.01)
     reload_equal(model, tmp_path / algorithm)
     assert not torch.allclose(support.logits(model), support.logits(plain), atol=1e-5)
