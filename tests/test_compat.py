@@ -114,9 +114,11 @@ from llmcompressor_moe.compat.transformers.building import (
 )
 from llmcompressor_moe.compat.transformers.conversions import (
     convert_like,
+    not_after,
     own_conversions,
     own_mappings,
     save_by,
+    saved_as,
     source_patterns,
 )
 from llmcompressor_moe.compat.transformers.models import (
@@ -531,6 +533,25 @@ def test_saving_reverses_what_a_model_was_loaded_by() -> None:
     assert revert_weight_conversion(model, dict(state)).keys() != state.keys()
 
 
+@pytest.mark.parametrize("family", ["axk2", "hy_v4", "minimax_m3_vl"])
+def test_names_of_saved_tensors_are_those_that_saving_gives(family: str) -> None:
+    model = tiny_models.on_meta(family)
+    state = model.state_dict()
+    written, saved = revert_weight_conversion(model, dict(state)), saved_as(model)
+    renamed = {name: new for name in state for new, rule in [saved(name)] if rule is None}
+    assert any(name != new for name, new in renamed.items())
+    assert all(written[new].shape == state[name].shape for name, new in renamed.items())
+
+
+def test_a_conversion_that_looks_at_what_stands_before() -> None:
+    rule = next(c for c in own_conversions("minimax_m3_vl")[::-1] if isinstance(c, WeightConverter))
+    dense, expert = "layers.10.mlp.gate_proj.weight", "layers.10.mlp.experts.7.gate_proj.weight"
+    assert rule.rename_source_key(dense)[1] and rule.rename_source_key(expert)[1]
+    guarded = not_after(rule, [r"\.experts\.\d"])
+    assert guarded.rename_source_key(dense)[0] == rule.rename_source_key(dense)[0]
+    assert guarded.rename_source_key(expert) == (expert, None)
+
+
 def test_patterns_are_rewritten() -> None:
     converter = next(c for c in own_conversions("mixtral") if isinstance(c, WeightConverter))
     assert any("experts.*." in pattern for pattern in source_patterns(converter))
@@ -547,7 +568,7 @@ def test_the_quantizers_steps() -> None:
     # Put onto the class, and taken off again.
     assert "_convert_model_for_quantization" not in vars(quantizer)
     before = dict(vars(quantizer))
-    with prepared_before_weights(lambda *_: None, lambda _: False):
+    with prepared_before_weights(lambda *_: None, lambda _: False, lambda conversion: conversion):
         assert "_convert_model_for_quantization" in vars(quantizer)
     assert dict(vars(quantizer)) == before
 

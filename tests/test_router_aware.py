@@ -16,7 +16,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import (
     BlockDropModifier,
@@ -80,7 +80,7 @@ def test_layers_in_different_schemes(
 def test_the_config_names_every_layer_under_both_namings(directory: Path, tmp_path: Path) -> None:
     _, report = quantize(support.saved("mixtral", directory), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    names = expert_names("mixtral")
+    names = expert_names(AutoConfig.from_pretrained(tmp_path / "out"))
     for layer, plan in report.layers.items():
         for name in ("gate_proj", "up_proj", "down_proj"):
             path = f"model.layers.{layer}.mlp.experts.3.{name}"
