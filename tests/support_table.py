@@ -179,8 +179,9 @@ def render(rows: dict[str, dict[str, str]]) -> str:
     lines += [f"- `{name}`: {reason}." for name, reason in sorted(NOT_SERVED.items())]
     lines += ["", "## Refused", ""]
     lines += [
-        "These Mixture-of-Experts families of transformers do not follow the experts interface. `inspect` and "
-        "`compress` refuse them, from the config alone. vLLM has no class for Switch Transformers and NLLB-MoE.",
+        "`inspect` and `compress` refuse these Mixture-of-Experts families of transformers, from the config "
+        "alone. vLLM has no class for JetMoE, NLLB-MoE and Switch Transformers; of Qwen3-Omni it serves the whole "
+        "model only.",
         "",
     ]
     lines += [f"- `{name}`: {reason}." for name, reason in sorted(refused_families().items())]

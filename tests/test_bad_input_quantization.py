@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
 from llmcompressor_moe import RouterAwareQuantModifier as Quant
+from llmcompressor_moe.modifiers.composition import check_recipe
 from llmcompressor_moe.quantization.allocation import Option, allocate
 from llmcompressor_moe.quantization.routers import check_routers
 from llmcompressor_moe.quantization.schemes import resolve_scheme, why_vllm_cannot_serve
@@ -484,6 +485,29 @@ def test_a_family_that_must_be_quantized_whole(directory: Path, tmp_path: Path) 
         ({"ignore": [r"re:.*layers\.1\..*experts.*"]}, f"ignore: layers left out .*{every}"),
     ):
         refused(Watched(support.load(base)), Quant(target_bits=16, **fields, **G32), message, tmp_path)
+
+
+def test_experts_that_modifiers_of_llm_compressor_leave_out(directory: Path, tmp_path: Path) -> None:
+    def others(*ignore: str) -> QuantizationModifier:
+        ignored = ["lm_head", r"re:.*router\.?$", r"re:.*vision.*", *ignore]
+        return QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC", ignore=ignored)
+
+    model = Watched(support.load(support.saved("llama4_text", directory)))
+    layer, expert = r"re:.*layers\.1\..*experts.*", r"re:.*layers\.1\..*experts\.3\.down_proj"
+    for ignored, message in (
+        (
+            layer,
+            r"QuantizationModifier .*of blocks \[0, 3\] .*of blocks \[1\] in 16 bit.*of all blocks",
+        ),
+        (
+            expert,
+            r"QuantizationModifier quantizes some experts of block 1 .*'.*experts\.3\.down_proj' for one",
+        ),
+    ):
+        refused(model, [LayerDropModifier(layers=[2]), others(ignored)], message, tmp_path)
+    check_recipe([LayerDropModifier(layers=[1]), others(layer)], model.model)
+    check_recipe([LayerDropModifier(layers=[2]), others(r"re:.*experts.*")], model.model)
+    check_recipe([LayerDropModifier(layers=[2]), others()], model.model)
 
 
 def test_experts_apart_are_warned_of(mixtral: Watched, warnings: list[str]) -> None:

@@ -31,7 +31,7 @@ from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompresso
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.offload.cache import CPUCache, DiskCache
 from compressed_tensors.offload.cache.base import OffloadCache
-from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationArgs, forward_quantize, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle import forward
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from llmcompressor.args import ModelArguments
@@ -55,6 +55,8 @@ from llmcompressor.modifiers.pruning import (
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
 from llmcompressor.modifiers.pruning.utils.pytorch import LayerParamMasking
 from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq import base as awq_base
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.transformers.compression.compressed_tensors_utils import modify_save_pretrained
 from llmcompressor.utils.helpers import disable_lm_head
@@ -84,6 +86,7 @@ from llmcompressor_moe import compat
 from llmcompressor_moe.architectures import DeepseekForCausalLM
 from llmcompressor_moe.compat.compressed_tensors import caches_of, decompress_in, is_offloaded, scratch_file
 from llmcompressor_moe.compat.llmcompressor import calibration
+from llmcompressor_moe.compat.llmcompressor.awq import each_in_its_own_scheme
 from llmcompressor_moe.compat.llmcompressor.linear_experts import (
     between_layers,
     fused_class,
@@ -111,9 +114,11 @@ from llmcompressor_moe.compat.transformers.building import (
 )
 from llmcompressor_moe.compat.transformers.conversions import (
     convert_like,
+    not_after,
     own_conversions,
     own_mappings,
     save_by,
+    saved_as,
     source_patterns,
 )
 from llmcompressor_moe.compat.transformers.models import (
@@ -528,6 +533,25 @@ def test_saving_reverses_what_a_model_was_loaded_by() -> None:
     assert revert_weight_conversion(model, dict(state)).keys() != state.keys()
 
 
+@pytest.mark.parametrize("family", ["axk2", "hy_v4", "minimax_m3_vl"])
+def test_names_of_saved_tensors_are_those_that_saving_gives(family: str) -> None:
+    model = tiny_models.on_meta(family)
+    state = model.state_dict()
+    written, saved = revert_weight_conversion(model, dict(state)), saved_as(model)
+    renamed = {name: new for name in state for new, rule in [saved(name)] if rule is None}
+    assert any(name != new for name, new in renamed.items())
+    assert all(written[new].shape == state[name].shape for name, new in renamed.items())
+
+
+def test_a_conversion_that_looks_at_what_stands_before() -> None:
+    rule = next(c for c in own_conversions("minimax_m3_vl")[::-1] if isinstance(c, WeightConverter))
+    dense, expert = "layers.10.mlp.gate_proj.weight", "layers.10.mlp.experts.7.gate_proj.weight"
+    assert rule.rename_source_key(dense)[1] and rule.rename_source_key(expert)[1]
+    guarded = not_after(rule, [r"\.experts\.\d"])
+    assert guarded.rename_source_key(dense)[0] == rule.rename_source_key(dense)[0]
+    assert guarded.rename_source_key(expert) == (expert, None)
+
+
 def test_patterns_are_rewritten() -> None:
     converter = next(c for c in own_conversions("mixtral") if isinstance(c, WeightConverter))
     assert any("experts.*." in pattern for pattern in source_patterns(converter))
@@ -544,7 +568,7 @@ def test_the_quantizers_steps() -> None:
     # Put onto the class, and taken off again.
     assert "_convert_model_for_quantization" not in vars(quantizer)
     before = dict(vars(quantizer))
-    with prepared_before_weights(lambda *_: None, lambda _: False):
+    with prepared_before_weights(lambda *_: None, lambda _: False, lambda conversion: conversion):
         assert "_convert_model_for_quantization" in vars(quantizer)
     assert dict(vars(quantizer)) == before
 
@@ -815,6 +839,25 @@ def test_pinning_fails_without_an_accelerator() -> None:
     cache.append({"x": torch.ones(2)})
     with pytest.raises(RuntimeError, match="accelerator"):
         pin_memory(cache, 0)
+
+
+def test_awq_rounds_all_layers_by_the_scheme_of_the_last() -> None:
+    search = inspect.getsource(AWQModifier._compute_best_scale)
+    assert search.count("w_qscheme = ") == 1 and "forward_quantize(" in search.partition("# Q(W * s)")[2], (
+        "`each_in_its_own_scheme` is not needed any more"
+    )
+    layer = nn.Linear(64, 8, bias=False)
+    layer.quantization_scheme = preset_name_to_scheme("W8A16", ["Linear"])
+    layer.quantization_scheme.weights.group_size = 32
+    initialize_module_for_quantization(layer)
+    layer.weight_scale.data.fill_(0.01)
+    layer.weight_zero_point.data.zero_()
+    another = QuantizationArgs(num_bits=2, strategy="group", group_size=32)
+    with each_in_its_own_scheme():
+        rounded = awq_base.forward_quantize(layer, layer.weight, "weight", another)
+        assert len(rounded.unique()) > 4
+    assert len(awq_base.forward_quantize(layer, layer.weight, "weight", another).unique()) <= 4
+    assert awq_base.forward_quantize is forward_quantize
 
 
 def test_gptq_clears_what_saw_no_token() -> None:

@@ -243,7 +243,9 @@ def test_other_mixers_are_named(folder):
 def test_json_and_back(folder):
     cost = model_cost(support.saved("mixtral", folder), contexts=(8, 16), batches=(1, 4))
     again = ModelCost.model_validate_json(cost.model_dump_json())
-    assert again == cost.model_copy(update={"path": Path(cost.path).name})  # reports show names, no absolute paths
+    assert again == cost.model_copy(
+        update={"path": Path(cost.path).name}
+    )  # reports show names, no absolute paths
     assert again.decode_at(4, 16) == cost.decode[-1]
 
 

@@ -16,7 +16,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmcompressor_moe import (
     BlockDropModifier,
@@ -80,7 +80,7 @@ def test_layers_in_different_schemes(
 def test_the_config_names_every_layer_under_both_namings(directory: Path, tmp_path: Path) -> None:
     _, report = quantize(support.saved("mixtral", directory), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    names = expert_names("mixtral")
+    names = expert_names(AutoConfig.from_pretrained(tmp_path / "out"))
     for layer, plan in report.layers.items():
         for name in ("gate_proj", "up_proj", "down_proj"):
             path = f"model.layers.{layer}.mlp.experts.3.{name}"
@@ -304,13 +304,24 @@ def test_ignored_layers_stay(directory: Path, tmp_path: Path) -> None:
 # Algorithms
 
 
-@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_algorithms_of_upstream(algorithm: str, family: str, directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "family", "fields"),
+    [
+        ("gptq", "mixtral", {}),
+        ("gptq", "qwen3_moe", {}),
+        ("awq", "mixtral", {}),
+        ("awq", "qwen3_moe", {}),
+        # One norm before experts in groups and shared experts in channels.
+        ("awq", "glm4_moe", {"dense_scheme": "FP8_DYNAMIC"}),
+    ],
+)
+def test_algorithms_of_upstream(
+    algorithm: str, family: str, fields: dict[str, Any], directory: Path, tmp_path: Path
+) -> None:
     base = support.saved(family, directory)
     options = {"ids": support.token_ids(16, 32)}
-    plain, _ = quantize(base, tmp_path / "rtn", options=options)
-    model, report = quantize(base, tmp_path / algorithm, options=options, algorithm=algorithm)
+    plain, _ = quantize(base, tmp_path / "rtn", options=options, **fields)
+    model, report = quantize(base, tmp_path / algorithm, options=options, algorithm=algorithm, **fields)
     assert on_disk(tmp_path / algorithm) == pytest.approx(report.nbytes, rel=0.01)
     reload_equal(model, tmp_path / algorithm)
     assert not torch.allclose(support.logits(model), support.logits(plain), atol=1e-5)

@@ -17,10 +17,11 @@ from loguru import logger
 from safetensors.torch import load_file
 from torch import nn
 
-from llmcompressor_moe import RouterAwareQuantModifier, open_moe
+from llmcompressor_moe import BlockDropModifier, RouterAwareQuantModifier, open_moe
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.quantized_names import patterns_for
 from llmcompressor_moe.compat.llmcompressor.mappings import awq_mappings
+from llmcompressor_moe.inspection import inspect_model
 from llmcompressor_moe.topology import find_topology, find_towers
 
 TOWERS = {
@@ -77,7 +78,10 @@ def warnings() -> Iterator[list[str]]:
     logger.remove(sink)
 
 
-def test_our_schemes_leave_the_tower_alone(llama4: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quantized(llama4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its text model, by our modifier."""
+    out = tmp_path_factory.mktemp("quantized") / "out"
     recipe = RouterAwareQuantModifier(
         schemes=["W8A16"],
         group_size=32,
@@ -86,14 +90,38 @@ def test_our_schemes_leave_the_tower_alone(llama4: Path, tmp_path: Path) -> None
         attention_scheme="FP8_DYNAMIC",
         dense_scheme="FP8_DYNAMIC",
     )
-    support.trim(open_moe(llama4), recipe, no_data=True, output_dir=str(tmp_path / "out"))
-    before, after = load_file(llama4 / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    support.trim(open_moe(llama4), recipe, no_data=True, output_dir=str(out))
+    return out
+
+
+def test_our_schemes_leave_the_tower_alone(llama4: Path, quantized: Path) -> None:
+    before, after = (load_file(path / "model.safetensors") for path in (llama4, quantized))
     tower = {name for name in before if not name.startswith("language_model.")}
     assert tower == {name for name in after if not name.startswith("language_model.")}
     assert all(torch.equal(before[name], after[name]) for name in tower)
-    quantized = {name for name in after if name.endswith("self_attn.q_proj.weight_scale")}
-    assert quantized == {f"language_model.model.layers.{i}.self_attn.q_proj.weight_scale" for i in (0, 1)}
-    assert "quant-tower" not in {finding.code for finding in check_checkpoint(tmp_path / "out").findings}
+    scales = {name for name in after if name.endswith("self_attn.q_proj.weight_scale")}
+    assert scales == {f"language_model.model.layers.{i}.self_attn.q_proj.weight_scale" for i in (0, 1)}
+    assert "quant-tower" not in {finding.code for finding in check_checkpoint(quantized).findings}
+
+
+def test_what_the_text_config_says_of_quantization_counts(quantized: Path, tmp_path: Path) -> None:
+    """Some multimodal checkpoints say it there, and transformers and vLLM look there."""
+    nested = shutil.copytree(quantized, tmp_path / "nested")
+    config = json.loads((nested / "config.json").read_text())
+    said = config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (nested / "config.json").write_text(json.dumps(config))
+    assert check_checkpoint(nested).findings == check_checkpoint(quantized).findings
+    assert inspect_model(nested).quantization == "compressed-tensors"
+    expected = support.logits(open_moe(quantized))
+    torch.testing.assert_close(support.logits(open_moe(nested)), expected, atol=1e-6, rtol=0)
+    out = tmp_path / "out"
+    support.trim(open_moe(nested), BlockDropModifier(blocks=[1]), no_data=True, output_dir=str(out))
+    written = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in written and not check_checkpoint(out).errors
+    assert len(written["text_config"]["quantization_config"]["config_groups"]) == len(said["config_groups"])
+    said["config_groups"]["group_0"]["weights"]["group_size"] = 48
+    (nested / "config.json").write_text(json.dumps(config))
+    assert check_checkpoint(nested).errors
 
 
 def test_our_smoothing_leaves_the_tower_alone(llama4: Path) -> None:

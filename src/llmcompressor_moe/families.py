@@ -127,6 +127,11 @@ _EXCEPTIONS: dict[str, FamilyException] = {
         refuse="its routers also choose zero experts, which return their input and have no weights, and each of "
         "its blocks counts as two layers"
     ),
+    "qwen3_omni_moe": FamilyException(
+        refuse="transformers gives the whole model no forward, only `generate`, so nothing can be calibrated or "
+        "compared, and its talker has MoE layers as well. Its thinker works: load the whole in transformers, and "
+        "save that part alone (`model.thinker.save_pretrained`)"
+    ),
     # vLLM 0.32 hands its quantization config to these routers.
     "qwen3_moe": FamilyException(router_follows_config=True),
     "qwen3_vl_moe_text": FamilyException(router_follows_config=True),

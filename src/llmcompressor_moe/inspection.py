@@ -256,7 +256,7 @@ def _inspection(
         active_parameters=round(whole.active),
         nbytes=whole.nbytes,
         on_disk=sum(file.stat().st_size for file in files) if files else None,
-        quantization=(config.raw.get("quantization_config") or {}).get("quant_method"),
+        quantization=(config.quantization or {}).get("quant_method"),
         parts=[
             PartSize(
                 part=part,

@@ -130,8 +130,7 @@ def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def _rounds_outputs(path: str | Path) -> bool:
     """Whether a checkpoint of compressed-tensors has schemes for outputs, or for attention as a whole."""
-    config = read_config(path)
-    written = config.raw.get("quantization_config") or config.raw_text.get("quantization_config")
+    written = read_config(path).quantization
     if not written or written.get("quant_method") != "compressed-tensors":
         return False
     return any(

@@ -129,10 +129,11 @@ def check_family(config: PreTrainedConfig) -> None:
 
     :raises NotAnMoEError: the table of exceptions has a reason
     """
-    model_type = text_config(config).model_type
-    reason = exception_for(model_type).refuse
-    if reason is not None:
-        raise NotAnMoEError(f"Models of model_type {model_type!r} cannot be trimmed: {reason}.")
+    # A model can be refused whose text model works by itself.
+    for model_type in dict.fromkeys((config.model_type, text_config(config).model_type)):
+        reason = exception_for(model_type).refuse
+        if reason is not None:
+            raise NotAnMoEError(f"Models of model_type {model_type!r} cannot be trimmed: {reason}.")
 
 
 def find_topology(model: PreTrainedModel) -> Topology:
@@ -143,7 +144,7 @@ def find_topology(model: PreTrainedModel) -> Topology:
         interface, or MoE layers stand in more than one stack of blocks
     """
     config = text_config(model.config)
-    check_family(config)
+    check_family(model.config)
     by_stack: dict[str, dict[int, list[str]]] = {}
     for path, _ in [*get_non_linearized_moes(model), *get_linearized_moes(model)]:
         place = _place_in_stack(model, path)

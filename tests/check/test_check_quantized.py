@@ -190,7 +190,7 @@ def test_expected_parameters_equal_a_real_compression(bits, symmetric):
         "format": "pack-quantized",
         "config_groups": {"a": json.loads(scheme.model_dump_json())},
     }
-    schemes = read_schemes({"quantization_config": written}, Findings())
+    schemes = read_schemes(written, Findings())
     linear = torch.nn.Linear(128, 96, bias=True)
     initialize_module_for_quantization(linear, scheme)
     linear.weight_scale.data.fill_(0.01)

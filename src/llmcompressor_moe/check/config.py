@@ -12,6 +12,12 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmcompressor_moe.check.report import Findings
+from llmcompressor_moe.checkpoint.config_parts import (
+    QUANTIZATION,
+    quantization_of,
+    quantized_parts,
+    raw_text_config,
+)
 from llmcompressor_moe.checkpoint.layout import read_json
 from llmcompressor_moe.compat.transformers.per_layer import general_value
 from llmcompressor_moe.topology import expert_count_attributes, text_config
@@ -46,7 +52,12 @@ class ReadConfig:
         named = self.parsed.dtype or self.text.dtype
         if named is not None:
             return named
-        return torch.bfloat16 if self.raw.get("quantization_config") else torch.get_default_dtype()
+        return torch.bfloat16 if self.quantization else torch.get_default_dtype()
+
+    @property
+    def quantization(self) -> Any:
+        """What is written of stored precisions, wherever readers look for it; None for plain checkpoints."""
+        return quantization_of(self.raw)
 
     @property
     def num_layers(self) -> int:
@@ -82,20 +93,12 @@ def read_raw_config(path: Path, findings: Findings) -> dict[str, Any] | None:
     if not isinstance(raw, dict):
         findings.error("config-unreadable", CONFIG_NAME, f"holds a {type(raw).__name__}, no JSON object")
         return None
-    if "quantization_config" not in raw:
+    if not quantized_parts(raw):
         # ModelOpt wrote it into a file of its own, where vLLM still looks
         with contextlib.suppress(OSError, ValueError):
             beside = read_json(path / _MODELOPT_NAME)
             if isinstance(beside, dict):
-                raw["quantization_config"] = {"quant_method": "modelopt", **beside}
-    return raw
-
-
-def raw_text_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of config.json that describes the decoder: a nested text config, else the whole."""
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(raw.get(key), dict) and "num_hidden_layers" in raw[key]:
-            return raw[key]
+                raw[QUANTIZATION] = {"quant_method": "modelopt", **beside}
     return raw
 
 
@@ -107,7 +110,7 @@ def implausible(raw: dict[str, Any], findings: Findings) -> bool:
         nonlocal bad
         if isinstance(value, dict):
             for key, inner in value.items():
-                if key != "quantization_config":
+                if key != QUANTIZATION:
                     walk(inner, f"{name}.{key}" if name else str(key))
             return
         if not isinstance(value, int) or isinstance(value, bool):

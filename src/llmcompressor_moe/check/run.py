@@ -14,7 +14,6 @@ from llmcompressor_moe.check.config import (
     first_line,
     implausible,
     parse_config,
-    raw_text_config,
     read_raw_config,
 )
 from llmcompressor_moe.check.demand import plain_demand, quantized_demand
@@ -22,7 +21,8 @@ from llmcompressor_moe.check.expected import ExpectedModel, lay_out
 from llmcompressor_moe.check.files import check_files, check_tokenizer
 from llmcompressor_moe.check.parallel import check_parallel
 from llmcompressor_moe.check.report import CheckReport, Findings
-from llmcompressor_moe.check.schemes import FIELD, read_schemes
+from llmcompressor_moe.check.schemes import read_schemes
+from llmcompressor_moe.checkpoint.config_parts import raw_text_config
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, read_layout
 
 
@@ -124,7 +124,7 @@ def _check_model(
     expert_parallel: int,
     findings: Findings,
 ) -> None:
-    schemes = read_schemes(config.raw, findings)
+    schemes = read_schemes(config.quantization, findings)
     demand = plain_demand(expected) if schemes is None else quantized_demand(expected, schemes, findings)
     experts.check_routing(expected, findings)
     if schemes is not None:
@@ -136,12 +136,11 @@ def _check_model(
         quantization.check_run_as_one(expected, demand, schemes, findings)
         quantization.check_stale_names(expected, schemes, findings)
     check_parallel(config, expected, demand, schemes, tensor_parallel, expert_parallel, findings)
-    written = config.raw.get(FIELD)
-    if schemes is None and isinstance(written, dict):
-        foreign.check_foreign_routers(expected, written, layout, findings)
+    if schemes is None and isinstance(config.quantization, dict):
+        foreign.check_foreign_routers(expected, config.quantization, layout, findings)
     # an unreadable file would make each of its tensors a finding of its own; an unknown quantization method
     # names its tensors in ways that are not known here
-    if not complete or (schemes is None and FIELD in config.raw):
+    if not complete or (schemes is None and config.quantization is not None):
         return
     comparison = compare(layout, demand)
     mtp.check_mtp(config, expected, layout, comparison, findings)

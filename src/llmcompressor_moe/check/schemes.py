@@ -17,9 +17,9 @@ from compressed_tensors.quantization import (
 from llmcompressor_moe.check.config import first_line
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.checkpoint.compressed import compressed_tensors_of
+from llmcompressor_moe.checkpoint.config_parts import QUANTIZATION as FIELD
 from llmcompressor_moe.checkpoint.layout import FLOATS, CheckpointLayout
 
-FIELD = "quantization_config"
 # Local names of quantization parameters.
 QPARAM = re.compile(
     r"\.((weight|input|output)_(scale|zero_point|global_scale|g_idx|packed|shape)|[qkv]_(scale|zero_point))$"
@@ -133,9 +133,11 @@ class Schemes:
         return f"{self.groups[group]} ({weights.num_bits} bit {weights.type}{size})"
 
 
-def read_schemes(raw: dict[str, Any], findings: Findings) -> Schemes | None:
-    """The checkpoint's compressed-tensors schemes; None (with a finding) where there are none to be read."""
-    written = raw.get(FIELD)
+def read_schemes(written: Any, findings: Findings) -> Schemes | None:
+    """The checkpoint's compressed-tensors schemes; None (with a finding) where there are none to be read.
+
+    :param written: what its config says of stored precisions; None for plain checkpoints
+    """
     if written is None:
         return None
     if not isinstance(written, dict):

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from llmcompressor_moe.topology import text_config
 
 __all__ = ["ExpertNames", "expert_names", "rename_tensors"]
 
@@ -59,10 +62,17 @@ class ExpertNames:
         return name
 
 
-def expert_names(model_type: str) -> ExpertNames | None:
+def expert_names(config: PreTrainedConfig) -> ExpertNames | None:
     """The names of a family; None where they are gate_proj, up_proj and down_proj, or where experts are
     stored fused.
+
+    :param config: of the whole model; some families give the names for that alone
     """
+    kinds = dict.fromkeys((text_config(config).model_type, config.model_type))
+    return next(filter(None, map(_names_of, kinds)), None)
+
+
+def _names_of(model_type: str) -> ExpertNames | None:
     projections: dict[str, str] = {}
     modules: dict[str, str] = {}
     for transform in get_checkpoint_conversion_mapping(model_type) or []:

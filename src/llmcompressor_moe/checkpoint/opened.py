@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from llmcompressor_moe.checkpoint.cache import forget, read_from
+from llmcompressor_moe.checkpoint.config_parts import QUANTIZATION, quantization_of, quantized_parts
 from llmcompressor_moe.checkpoint.encodings import logical_tensors, refuse_unreadable
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, whole_layout
 from llmcompressor_moe.checkpoint.mapping import model_sources
@@ -210,10 +211,9 @@ def _config(root: Path) -> PreTrainedConfig:
 
 def _take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """Remove the quantization config: the model computes with decoded weights."""
-    found = None
-    for holder in (config, text_config(config)):
-        value = holder.__dict__.pop("quantization_config", None)
-        found = found or value
+    found = quantization_of(config)
+    for part in quantized_parts(config):
+        del part[QUANTIZATION]
     return found if found is None or isinstance(found, dict) else found.to_dict()
 
 

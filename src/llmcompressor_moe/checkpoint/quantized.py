@@ -25,19 +25,24 @@ from llmcompressor_moe.checkpoint.decoding import Mxfp4, NvFp4, ScaledFp8
 from llmcompressor_moe.checkpoint.names import expert_names
 from llmcompressor_moe.compat.compressed_tensors import decompress_in
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
-from llmcompressor_moe.compat.transformers.conversions import source_patterns
+from llmcompressor_moe.compat.transformers.conversions import not_after, source_patterns
 from llmcompressor_moe.compat.transformers.quantizer import needs_no_initialization, prepared_before_weights
 from llmcompressor_moe.topology import text_config
 
 __all__ = ["compressed_experts_as_linears"]
 
 _EXPERT_TENSOR = re.compile(r"\.(\d+)\.(?:[^.]+\.)*?experts\.(\d+)\.([^.]+)\.([^.]+)$")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# What stands before the projections of an expert, whether or not the dot behind its number is looked for as well.
+_SINGLE_EXPERTS = [
+    rf"\.experts\.{number}{dot}" for number in (r"\d", r"\d\d", r"\d\d\d") for dot in ("", r"\.")
+]
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def compressed_experts_as_linears() -> contextlib.AbstractContextManager[None]:
     """Context in which transformers' compressed-tensors quantizer builds linearized experts."""
-    return prepared_before_weights(_prepare, is_obsolete=_stacks_experts)
+    return prepared_before_weights(_prepare, is_obsolete=_stacks_experts, narrowed=_beside_single_experts)
 
 
 def _prepare(
@@ -60,7 +65,7 @@ def _decode(stored: dict[str, torch.Tensor], scheme: QuantizationScheme, dtype: 
 
 def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """An expert's projections: names in the family's checkpoints -> in linearized experts, where they differ."""
-    names = expert_names(text_config(model.config).model_type)
+    names = expert_names(model.config)
     return {own: name for name, own in names.projections.items() if own != name} if names else {}
 
 
@@ -114,6 +119,14 @@ def _stacks_experts(conversion: WeightTransform) -> bool:
     return isinstance(conversion, WeightConverter) and any(
         re.search(r"experts\.\*\.", source) for source in source_patterns(conversion)
     )
+
+
+def _beside_single_experts(conversion: WeightTransform) -> WeightTransform:
+    """A conversion for dense layers may name projections alone; those of single experts are not meant."""
+    if not isinstance(conversion, WeightConverter):
+        return conversion
+    reaches = any(conversion.rename_source_key(f".experts.0.{name}.weight")[1] for name in _PROJECTIONS)
+    return not_after(conversion, _SINGLE_EXPERTS) if reaches else conversion
 
 
 def _renamings(names: dict[str, str]) -> list[WeightTransform]:

@@ -318,5 +318,5 @@ def _window(config: ReadConfig, block: int, module: nn.Module) -> int | None:
 
 
 def _kv_itemsize(config: ReadConfig, dtype: torch.dtype) -> float:
-    scheme = (config.raw.get("quantization_config") or {}).get("kv_cache_scheme") or {}
+    scheme = (config.quantization or {}).get("kv_cache_scheme") or {}
     return scheme.get("num_bits", 8 * dtype.itemsize) / 8

@@ -5,7 +5,7 @@ runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from compressed_tensors.utils import match_named_modules, match_targets
@@ -35,6 +35,10 @@ __all__ = ["check_recipe", "join_recipe"]
 
 # By name: importing the class imports auto_round, which looks for devices and wraps `from_pretrained`.
 _AUTO_ROUND = "AutoRoundModifier"
+# By name: these modifiers import this module.
+_PART_DROPS = ("BlockDropModifier", "LayerDropModifier")
+_EXPERT_DROPS = ("ExpertDropModifier", "REAPPruningModifier")
+_CHOOSES_SCHEMES = "RouterAwareQuantModifier"
 
 
 def join_recipe(modifiers: Sequence[Modifier], state: State) -> None:
@@ -68,15 +72,19 @@ def check_recipe(modifiers: Sequence[Modifier], model: PreTrainedModel) -> None:
     :raises ValueError: AutoRound on a model that is not in bfloat16; AWQ or SmoothQuant with llm-compressor's
         own mappings where those change what the model computes; a modifier of llm-compressor that quantizes or
         prunes routers or the gates of shared experts, or quantizes experts of a family of which vLLM cannot serve
-        quantized ones
+        quantized ones; modifiers of llm-compressor that leave some experts in 16 bit where vLLM needs all or none
     """
     topology = find_topology(model)
+    quantized: dict[str, str] = {}
     for modifier in modifiers:
         reached = _targeted_linears(modifier, model)
+        if not isinstance(modifier, SparsityModifierBase):
+            quantized |= dict.fromkeys(reached, type(modifier).__name__)
         _check_routers(modifier, reached, model, topology)
         if not isinstance(modifier, SparsityModifierBase):
             _check_experts(modifier, reached, topology)
         _warn_of_towers(modifier, reached, model, topology)
+    _check_experts_left_out(modifiers, quantized, model, topology)
     model_type = text_config(model.config).model_type
     for modifier in modifiers:
         if type(modifier).__name__ == _AUTO_ROUND and model.dtype != torch.bfloat16:
@@ -132,6 +140,56 @@ def _check_experts(modifier: Modifier, reached: Sequence[str], topology: Topolog
                 f"{type(modifier).__name__} targets experts, {expert!r} for one, and vLLM cannot serve quantized "
                 f"experts of {topology.model_type!r}: {reason}. Add 're:.*experts.*' to its ignore."
             )
+
+
+def _check_experts_left_out(
+    modifiers: Sequence[Modifier],
+    quantized: Mapping[str, str],
+    model: PreTrainedModel,
+    topology: Topology,
+) -> None:
+    """Refuse schemes for some experts of a layer, and for those of some layers where a family allows none.
+
+    :param quantized: path of a Linear -> name of the modifier that quantizes it
+    """
+    kinds = {type(modifier).__name__ for modifier in modifiers}
+    dropped = {index for modifier in modifiers for index in _named_parts(modifier)}
+    plain: list[int] = []
+    covered: list[int] = []
+    for index, moe in topology.moe_layers.items():
+        if index in dropped:
+            continue
+        linears = [
+            f"{moe.experts}.{name}"
+            for name, module in model.get_submodule(moe.experts).named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        left_out = [name for name in linears if name not in quantized]
+        (covered if len(left_out) < len(linears) else plain).append(index)
+        # A drop may take the experts that are left out.
+        if left_out and len(left_out) < len(linears) and kinds.isdisjoint(_EXPERT_DROPS):
+            modifier = next(quantized[name] for name in linears if name in quantized)
+            raise ValueError(
+                f"{modifier} quantizes some experts of block {index} and leaves {len(left_out)} of their Linears "
+                f"in 16 bit, {left_out[0]!r} for one; vLLM runs a layer's experts as one. Let its targets and "
+                f"ignore cover all of them or none ('re:.*{re.escape(moe.experts)}.*')."
+            )
+    reason = exception_for(topology.model_type).refuse_partly_quantized
+    if reason and plain and covered and _CHOOSES_SCHEMES not in kinds:
+        experts = topology.moe_layers[covered[0]].experts
+        modifier = next(kind for name, kind in quantized.items() if name.startswith(f"{experts}."))
+        raise ValueError(
+            f"{modifier} quantizes the experts of blocks {covered} and leaves those of blocks {plain} in 16 bit, "
+            f"which vLLM cannot serve for {topology.model_type!r}: {reason}. Let its targets and ignore cover the "
+            "experts of all blocks or of none ('re:.*experts.*')."
+        )
+
+
+def _named_parts(modifier: Modifier) -> Sequence[int]:
+    """Blocks or MoE layers that a modifier drops, where the recipe names them."""
+    if type(modifier).__name__ not in _PART_DROPS:
+        return ()
+    return getattr(modifier, "blocks", None) or getattr(modifier, "layers", None) or ()
 
 
 def _warn_of_towers(

@@ -166,6 +166,11 @@ class RouterAwareQuantModifier(MoEModifier):
         if self.servable and self.granularity == "layer":
             whole = set(planner.experts) == set(session.layers)
             refusals.check_servable(session.topology.model_type, self._asked.candidates, whole)
+        quantizing = next((c for c in self._asked.candidates if c.scheme is not None), None)
+        alike = [] if quantizing is None else [(self._source, quantizing, planner.first_experts)]
+        refusals.check_names(
+            state.model, [*((field, one, linears) for field, (one,), linears in fixed), *alike]
+        )
         reason = wrong_mappings(session.topology.model_type, "AWQModifier")
         if self.algorithm == "awq" and reason is not None:
             raise ValueError(

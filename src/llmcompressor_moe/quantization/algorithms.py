@@ -24,6 +24,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.awq.mappings import AWQMapping
 from torch import nn
 
+from llmcompressor_moe.compat.llmcompressor.awq import each_in_its_own_scheme
 from llmcompressor_moe.compat.llmcompressor.calibration import forget_gptq, gptq_traces
 from llmcompressor_moe.profile.forward import sum_over_ranks
 
@@ -85,8 +86,9 @@ class UpstreamQuantization:
         unseen_inputs = [module for module in ours if _input_unseen(module)]
         gptq = [modifier for modifier in self._modifiers if isinstance(modifier, GPTQModifier)]
         starved = _take_out_starved(gptq[0]) if gptq else []
-        for modifier in self._modifiers:
-            modifier.on_sequential_epoch_end(state, event, modules=modules, **kwargs)
+        with each_in_its_own_scheme():
+            for modifier in self._modifiers:
+                modifier.on_sequential_epoch_end(state, event, modules=modules, **kwargs)
         update_qparams(starved, "weight")
         self._starved["weights rounded to nearest: no token reached them"] += len(starved)
         filled = _borrow_input_scales(unseen_inputs, ours)

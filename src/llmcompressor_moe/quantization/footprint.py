@@ -12,7 +12,6 @@ from llmcompressor_moe.checkpoint.names import ExpertNames, expert_names
 from llmcompressor_moe.quantization.schemes import Candidate
 from llmcompressor_moe.quantization.sizes import StoredSize, linear_size, tensor_size
 from llmcompressor_moe.surgery.session import TrimSession
-from llmcompressor_moe.topology import text_config
 
 __all__ = ["expert_sizes", "rest_size"]
 
@@ -80,7 +79,7 @@ def rest_size(
 
 
 def _names(session: TrimSession) -> ExpertNames | None:
-    return expert_names(text_config(session.model.config).model_type)
+    return expert_names(session.model.config)
 
 
 def _stored(name: str, names: ExpertNames | None) -> str:

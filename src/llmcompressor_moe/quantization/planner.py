@@ -110,6 +110,11 @@ class Planner:
         return routed + [name for _, linears in self.fixed.values() for name in linears]
 
     @property
+    def first_experts(self) -> list[str]:
+        """Paths of the Linears of one expert in each layer; those of others differ in the number."""
+        return [name for layer in self.experts.values() for name in layer[0]]
+
+    @property
     def _digits(self) -> int:
         """Digits of the largest offset in a weight file: no file is larger than the plain model."""
         with disable_onloading():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from compressed_tensors.quantization import QuantizationScheme
@@ -12,6 +13,8 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.checkpoint.config_parts import quantization_of
+from llmcompressor_moe.checkpoint.module_names import why_not_stored_alone
 from llmcompressor_moe.checkpoint.opened import keeps_stored_precision
 from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.quantization.schemes import (
@@ -21,8 +24,16 @@ from llmcompressor_moe.quantization.schemes import (
     why_not_divisible,
     why_vllm_cannot_serve,
 )
+from llmcompressor_moe.topology import text_config
 
-__all__ = ["check_not_quantized", "check_others", "check_servable", "check_shapes", "quantized_linears"]
+__all__ = [
+    "check_names",
+    "check_not_quantized",
+    "check_others",
+    "check_servable",
+    "check_shapes",
+    "quantized_linears",
+]
 
 
 def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
@@ -35,7 +46,7 @@ def check_not_quantized(model: PreTrainedModel, names: Collection[str]) -> None:
             "The model is stored quantized; open it with open_moe(path, requantize=True) to decode it first, or "
             "start from the checkpoint that it was made from."
         )
-    if getattr(model.config, "quantization_config", None) is not None:
+    if quantization_of(model.config) is not None:
         raise ValueError(
             "The model is quantized already (its config has a quantization_config); give oneshot the checkpoint "
             "that it was made from."
@@ -125,6 +136,28 @@ def check_shapes(asked: Iterable[tuple[str, Sequence[Candidate], Mapping[str, nn
         reason = why_not_divisible(scheme, *shape, shared)
         if reason:
             raise ValueError(f"{field}: {candidate} cannot quantize {name}: {reason}.")
+
+
+def check_names(model: PreTrainedModel, asked: Iterable[tuple[str, Candidate, Iterable[str]]]) -> None:
+    """Refuse schemes for Linears that the family's checkpoints, or transformers when it writes them, have no place
+    of their own for.
+
+    :param asked: field of the recipe, its scheme, and paths of the Linears that get it
+    :raises ValueError: names the scheme, the module, the reason and the way out
+    """
+    reason_for = why_not_stored_alone(model)
+    for field, candidate, names in asked:
+        for name in names:
+            reason = reason_for(name)
+            if reason is not None:
+                tail = re.escape(".".join(name.split(".")[-2:]))
+                # All experts of a layer or none.
+                pattern = "experts.*" if re.search(r"\.experts\.\d+\.", name) else f"{tail}$"
+                raise ValueError(
+                    f"{field}: {candidate.name} cannot quantize {name} of this "
+                    f"{text_config(model.config).model_type!r} model: {reason}. Otherwise leave such modules in "
+                    f"16 bit: add 're:.*{pattern}' to ignore."
+                )
 
 
 def check_servable(model_type: str, candidates: Sequence[Candidate], all_layers: bool) -> None:

@@ -26,6 +26,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmcompressor_moe.checkpoint.config_parts import QUANTIZATION, quantized_parts
+
 __all__ = [
     "fake_quantize_in_training",
     "gradients_through_rounding",
@@ -86,7 +88,8 @@ def start_fake_quantization(model: PreTrainedModel) -> None:
     # As a model that a recipe has just quantized: saving compresses it anew, and Trainer takes it for what it is.
     model.hf_quantizer = None
     model.is_quantized = False
-    del model.config.quantization_config
+    for part in quantized_parts(model.config):
+        del part[QUANTIZATION]
 
 
 def fake_quantize_in_training(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from compressed_tensors.utils import match_name
 from torch import nn
 
+from llmcompressor_moe.checkpoint.config_parts import QUANTIZATION, quantized_parts
 from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, opened_module
 from llmcompressor_moe.checkpoint.quantized_names import patterns_for, stack_pattern
 from llmcompressor_moe.saving.leftovers import block_numbers
@@ -18,7 +19,6 @@ from llmcompressor_moe.saving.tensors import moved_name
 
 __all__ = ["describe_stored_quantization"]
 
-_FIELD = "quantization_config"
 # Lists of module names or patterns, by quantization method.
 _LISTS = ("ignore", "modules_to_not_convert", "ignored_layers")
 _MOST_MTP_LAYERS = 64
@@ -31,12 +31,11 @@ def describe_stored_quantization(config: dict[str, Any], model: nn.Module, opene
     """
     if opened.quantization is None:
         return
-    holders = [holder for holder in (config, config.get("text_config") or {}) if _FIELD in holder]
-    for holder in holders:
+    for part in quantized_parts(config):
         if opened.requantize:
-            del holder[_FIELD]
+            del part[QUANTIZATION]
             continue
-        fields = holder[_FIELD]
+        fields = part[QUANTIZATION]
         moves = _moves(model, opened)
         left = block_numbers(model, opened)
         # Blocks after the last one, which MTP layers are, move up.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.checkpoint.atomic import atomic_directory
 from llmcompressor_moe.checkpoint.config_file import write_config_changes
+from llmcompressor_moe.checkpoint.module_names import saved_module_names
 from llmcompressor_moe.checkpoint.names import expert_names, rename_tensors
 from llmcompressor_moe.checkpoint.opened import opened_from
 from llmcompressor_moe.checkpoint.quantized_names import stack_pattern
@@ -25,7 +26,7 @@ from llmcompressor_moe.saving.tensors import stored_module_names
 from llmcompressor_moe.surgery.compact import sync_config
 from llmcompressor_moe.surgery.config_changes import ConfigChanges
 from llmcompressor_moe.surgery.repack import has_quantized_experts
-from llmcompressor_moe.topology import find_topology, text_config
+from llmcompressor_moe.topology import find_topology
 
 __all__ = [
     "HISTORY_FILE",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 HISTORY_FILE = "trimming.json"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PROJECTION = re.compile(r"(\.experts\.\d+\.)(\w+)(?=\.|$)")
 
 
 def save_says_what_it_is(model: PreTrainedModel, changes: ConfigChanges) -> None:
@@ -141,7 +144,7 @@ def complete_checkpoint(model: PreTrainedModel, directory: Path, changes: Config
 
 def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], list[str]]:
     """Give tensors the names of their family; return a function from a module's path to all names it goes by."""
-    names = expert_names(text_config(model.config).model_type)
+    names = expert_names(model.config)
     stack = find_topology(model).stack
     opened = opened_from(model)
     stacks = {stack} if opened is None else {stack, opened.stored_stack}
@@ -154,6 +157,19 @@ def _name_as_family(model: PreTrainedModel, directory: Path) -> Callable[[str], 
     if opened is not None:
         stored = functools.cache(lambda: stored_module_names(model, opened))
         return lambda path: list(dict.fromkeys([*known(path), stored().get(path, path)]))
-    if names is not None:
-        rename_tensors(directory, names.apply)
-    return known
+    saved = saved_module_names(model)
+    restored = {
+        tail: projection
+        for projection in _PROJECTIONS
+        for tail in (name.rpartition(".")[2] for name in saved(f"{stack}.0.mlp.experts.0.{projection}"))
+        if tail != projection
+    }
+
+    def own(name: str) -> str:
+        # Rules for other layers change the names of single experts, too.
+        name = _PROJECTION.sub(lambda match: f"{match[1]}{restored.get(match[2], match[2])}", name)
+        return names.apply(name) if names else name
+
+    if names or restored:
+        rename_tensors(directory, own)
+    return lambda path: list(dict.fromkeys([*known(path), *map(own, saved(path))]))

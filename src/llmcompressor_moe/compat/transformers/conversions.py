@@ -5,12 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedModel, conversion_mapping
-from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
-__all__ = ["convert_like", "own_conversions", "own_mappings", "save_by", "source_patterns"]
+__all__ = [
+    "convert_like",
+    "not_after",
+    "own_conversions",
+    "own_mappings",
+    "save_by",
+    "saved_as",
+    "source_patterns",
+]
 
 
 def convert_like(model_type: str, other: str) -> None:
@@ -61,6 +75,40 @@ def save_by(model: PreTrainedModel, conversions: list[WeightTransform]) -> None:
     that was surgically changed has the wrong ones.
     """
     model._weight_conversions = conversions
+
+
+def saved_as(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """What ``save_pretrained`` makes of the name of a tensor: its name in the files, and the pattern of the rule
+    that puts its values into another form, None where it is only renamed.
+
+    `revert_weight_conversion` tells neither: it wants the tensors, and all that a rule puts together at once.
+    """
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is None:
+        made = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        # As transformers does: the prefix is that of a checkpoint, and this model came from none.
+        rules = [rule for rule in made if not isinstance(rule, PrefixChange)]
+    reverse = [rule.reverse_transform() for rule in rules[::-1]]
+    renamings = [rule for rule in reverse if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in reverse if isinstance(rule, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, converters, reverse=True)
+
+
+def not_after(conversion: WeightConverter, places: Sequence[str]) -> WeightConverter:
+    """A conversion that takes no names in which one of these patterns, of a fixed length each, stands right before
+    what it looks for.
+
+    Patterns of a conversion cannot be changed, and its copy with others has to know the parts of models that it
+    was made for.
+    """
+    guard = "".join(f"(?<!{place})" for place in places)
+    guarded = WeightConverter(
+        [guard + pattern for pattern in conversion._original_source_patterns],
+        conversion._original_target_patterns,
+        conversion.operations,
+    )
+    guarded.scope_prefix, guarded.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return guarded
 
 
 def source_patterns(conversion: WeightTransform) -> list[str]:

@@ -20,7 +20,9 @@ Prepare = Callable[[PreTrainedModel, ModelCompressor, list[str]], list[WeightTra
 
 @contextlib.contextmanager
 def prepared_before_weights(
-    prepare: Prepare, is_obsolete: Callable[[WeightTransform], bool]
+    prepare: Prepare,
+    is_obsolete: Callable[[WeightTransform], bool],
+    narrowed: Callable[[WeightTransform], WeightTransform],
 ) -> Iterator[None]:
     """Context in which a model is changed before its compressed weights are read.
 
@@ -31,6 +33,7 @@ def prepared_before_weights(
         changed) and the checkpoint's files to the conversions that are needed now, or None if the model stays as
         it is
     :param is_obsolete: whether a conversion of the family no longer applies to a changed model
+    :param narrowed: what one that does apply is there
     """
     before = CompressedTensorsHfQuantizer._process_model_before_weight_loading
     convert = CompressedTensorsHfQuantizer.update_weight_conversions
@@ -48,7 +51,12 @@ def prepared_before_weights(
         if self._needed_conversions is None:
             return convert(self, conversions)
         kept = [conversion for conversion in conversions if not is_obsolete(conversion)]
-        return convert(self, kept) + self._needed_conversions
+        # The quantizer takes every conversion that speaks of experts for one that stacks them.
+        converted = [
+            narrowed(conversion) if any(conversion is own for own in kept) else conversion
+            for conversion in convert(self, kept)
+        ]
+        return converted + self._needed_conversions
 
     CompressedTensorsHfQuantizer._process_model_before_weight_loading = process
     CompressedTensorsHfQuantizer.update_weight_conversions = update
