@@ -16,7 +16,7 @@ from llmcompressor.recipe import Recipe
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llmcompressor_moe import ExpertWidthModifier, open_moe
+from llmcompressor_moe import BlockDropModifier, ExpertWidthModifier, open_moe
 from llmcompressor_moe.check import check_checkpoint
 from llmcompressor_moe.criteria.channels import fitted_down, keep_by_surgery
 from llmcompressor_moe.demo import DEMO_MODEL, calibration_dataset, heldout_rows
@@ -280,3 +280,30 @@ def test_later_changes_to_cut_experts_are_written(tmp_path: Path) -> None:
     torch.testing.assert_close(
         support.logits(support.load(tmp_path / "out")), support.logits(model), atol=1e-4, rtol=1e-4
     )
+
+
+def test_layers_may_differ(mixtral: Path, tmp_path: Path) -> None:
+    """Protected blocks keep their width; a block drop in the same recipe renumbers what the config says."""
+    plan = str(tmp_path / "plan.json")
+    recipe = [
+        ExpertWidthModifier(width=32, criterion="weight_norm", refit=False, protect=[1], report_path=plan),
+        BlockDropModifier(blocks=[0]),
+    ]
+    for name, model in (("opened", open_moe(mixtral)), ("loaded", support.load(mixtral))):
+        support.trim(model, recipe, output_dir=str(tmp_path / name), no_data=True)
+        check_checkpoint(tmp_path / name).raise_if_errors()
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["intermediate_size"] == 64
+        assert config["per_layer_config"] == {"1": {"intermediate_size": 32}, "2": {"intermediate_size": 32}}
+        expected = reference(mixtral, json.loads(Path(plan).read_text()))
+        del expected.model.layers[0]
+        for index, layer in enumerate(expected.model.layers):
+            layer.self_attn.layer_idx = index
+        torch.testing.assert_close(
+            support.logits(support.load(tmp_path / name)), support.logits(expected), atol=1e-5, rtol=1e-5
+        )
+        recipe = [type(modifier)(**modifier._settings()) for modifier in recipe]
+    (step,) = forecast(mixtral, Recipe.from_modifiers([recipe[0]]))[1:]
+    reset_session()
+    support.trim(open_moe(mixtral), recipe[0], output_dir=str(tmp_path / "one"), no_data=True)
+    assert step.nbytes == sum(tensor.nbytes for tensor in weights(tmp_path / "one").values())

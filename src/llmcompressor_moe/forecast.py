@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,8 @@ from llmcompressor_moe.plan import amount_of
 from llmcompressor_moe.quantization.refusals import check_servable
 from llmcompressor_moe.quantization.schemes import resolve_scheme, resolve_schemes, shares_group_size
 from llmcompressor_moe.sizes import bytes_text, parse_bytes
-from llmcompressor_moe.surgery.config import describe_layers, keep_blocks
-from llmcompressor_moe.surgery.width import set_width, width_fields, width_of
+from llmcompressor_moe.surgery.config import describe_layers, describe_widths, keep_blocks
+from llmcompressor_moe.surgery.width import width_fields, width_of
 from llmcompressor_moe.topology import find_topology
 
 __all__ = ["ForecastError", "Step", "forecast"]
@@ -58,12 +58,12 @@ class Step(BaseModel):
 @dataclass
 class _Shape:
     """A model's blocks that are left, in order, and experts per MoE layer (0: dropped), by original index; and the
-    config fields that say how wide experts are, once they have been cut.
+    config fields that say how wide the experts of a layer are, where they have been cut.
     """
 
     blocks: list[int]
     experts: dict[int, int]
-    width: dict[str, int] = field(default_factory=dict)
+    widths: dict[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
@@ -175,7 +175,9 @@ def _narrow(path: str | Path, shape: _Shape, modifier: ExpertWidthModifier) -> s
     moe = next(iter(find_topology(model).moe_layers.values()))
     old = width_of(model, moe)
     new = modifier.width_from(old)
-    shape.width |= width_fields(model, moe, old, new).values
+    cut = [index for index in shape.layers if index not in modifier.protect]
+    fields = width_fields(model, moe, old, new, alone=len(cut) < len(shape.layers)).values
+    shape.widths = dict.fromkeys(cut, fields)
     return f"{old - new} of {old} channels per expert"
 
 
@@ -186,7 +188,11 @@ def _trimmed(path: str | Path, shape: _Shape) -> Iterator[str]:
     keep_blocks(config, shape.blocks)
     counts = {new: shape.experts[old] for new, old in enumerate(shape.blocks) if old in shape.experts}
     describe_layers(config, counts)
-    set_width(config, shape.width)
+    if shape.widths:
+        describe_widths(
+            config,
+            {new: shape.widths.get(old, {}) for new, old in enumerate(shape.blocks) if counts.get(new)},
+        )
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         yield directory

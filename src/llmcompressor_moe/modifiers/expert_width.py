@@ -13,7 +13,7 @@ from compressed_tensors.quantization.lifecycle import initialize_module_for_quan
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from loguru import logger
-from pydantic import PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from llmcompressor_moe.checkpoint.opened import keeps_stored_precision
@@ -26,6 +26,7 @@ from llmcompressor_moe.criteria.channels import (
     saliency,
     squared_error,
 )
+from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
 from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
@@ -34,11 +35,11 @@ from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.observing import Observer, observe_batches
 from llmcompressor_moe.profile.splitting import in_fixed_order
 from llmcompressor_moe.report import PlanFileError, WidthReport, as_hex
+from llmcompressor_moe.surgery.config import describe_widths
 from llmcompressor_moe.surgery.width import (
     WidthFields,
     keep_channels,
     note_width,
-    set_width,
     width_fields,
     width_of,
 )
@@ -83,6 +84,7 @@ class ExpertWidthModifier(MoEModifier):
     :param shared_experts: also cut shared experts, to the same share of their channels. Some families have one
         config field for both, and need it
     :param scope: ``layer``: the same share in every layer
+    :param protect: blocks whose experts stay as they are; the layers then differ
     """
 
     requires_calibration_data: bool = False
@@ -94,15 +96,19 @@ class ExpertWidthModifier(MoEModifier):
     refit: bool = True
     shared_experts: bool = False
     scope: Literal["layer"] = "layer"
+    protect: list[int] = Field(default_factory=list)
 
     _plan: WidthReport | None = PrivateAttr(default=None)
-    _fields: WidthFields | None = PrivateAttr(default=None)
-    _width: tuple[int, int] = PrivateAttr(default=(0, 0))
+    # Layer that is cut -> channels before and after; and what the config has to say of it.
+    _widths: dict[int, tuple[int, int]] = PrivateAttr(default_factory=dict)
+    _fields: dict[int, WidthFields] = PrivateAttr(default_factory=dict)
     _found: WidthReport | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check_fields(self) -> ExpertWidthModifier:
         self._check_one_of(("drop_ratio", "width", "plan_path"))
+        if any(index < 0 for index in self.protect) or len(set(self.protect)) != len(self.protect):
+            raise ValueError(f"protect={self.protect} must be distinct block indices, counted from 0.")
         if self.drop_ratio is not None and not 0 < self.drop_ratio < 1:
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1.")
         for name in ("width", "multiple_of"):
@@ -115,14 +121,11 @@ class ExpertWidthModifier(MoEModifier):
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         """Look at the model and the data; see the class."""
-        session = self._join_session(state)
+        self._join_session(state)
         self._refuse_compressed(state)
-        old = self._present_width()
-        if not session.layers:
-            raise ValueError("ExpertWidthModifier: the model has no MoE layer.")
         self._plan = self._load_report(WidthReport) if self.plan_path is not None else None
-        self._width = (old, self._planned_width() if self._plan is not None else self.width_from(old))
-        self._fields = width_fields(session.model, session.layer(session.layers[0]), *self._width)
+        self._widths = self._asked(self._present_width())
+        self._fields = self._described()
         self._check_shared()
         if self.needs_data():
             way_out = "set criterion: weight_norm and refit: false"
@@ -136,16 +139,17 @@ class ExpertWidthModifier(MoEModifier):
         """Measure, choose and cut, layer by layer."""
         session = self._session
         self._found = WidthReport(widths={}, kept={}, **self._report_heading(None))
-        parts = {layer: self._parts(layer) for layer in session.layers}
+        parts = {layer: self._parts(layer) for layer in session.layers if layer in self._widths}
         if self._batches is None:
             for layer, experts in parts.items():
                 self._cut(layer, experts, None)
         else:
             self._found.calibration = self._cut_in_a_pass(parts)
-        set_width(session.model.config, self._fields.values)
-        for layer in session.layers:
+        fields = {layer: self._fields[layer].values if layer in parts else {} for layer in session.layers}
+        describe_widths(session.model.config, fields)
+        for layer in parts:
             for path in (session.layer(layer).module, session.layer(layer).experts):
-                note_width(session.model.get_submodule(path), *self._width)
+                note_width(session.model.get_submodule(path), *self._widths[layer])
         if self.report_path and is_source_process():
             self._found.save(self.report_path)
         state.model._trim_history = [*getattr(state.model, "_trim_history", []), self._found]
@@ -159,6 +163,11 @@ class ExpertWidthModifier(MoEModifier):
 
     def _present_width(self) -> int:
         session = self._session
+        if not session.layers:
+            raise ValueError("ExpertWidthModifier: the model has no MoE layer.")
+        unknown = sorted(set(self.protect) - set(session.layers))
+        if unknown:
+            raise ValueError(f"protect={self.protect}: blocks {unknown} have no MoE layer.")
         widths = {layer: width_of(session.model, session.layer(layer)) for layer in session.layers}
         if len(set(widths.values())) != 1:
             raise ValueError(
@@ -167,14 +176,41 @@ class ExpertWidthModifier(MoEModifier):
             )
         return widths[session.layers[0]]
 
-    def _planned_width(self) -> int:
-        asked = {new for _, new in self._plan.widths.values()}
-        if len(asked) != 1 or set(self._plan.widths) != set(self._session.layers):
+    def _asked(self, old: int) -> dict[int, tuple[int, int]]:
+        if self._plan is None:
+            return {
+                layer: (old, self.width_from(old))
+                for layer in self._session.layers
+                if layer not in self.protect
+            }
+        widths = self._plan.widths
+        if not widths or any(before != old or not 0 < new < old for before, new in widths.values()):
             raise PlanFileError(
-                f"The plan's widths = {self._plan.widths} must give all MoE layers {self._session.layers} the "
-                "same width."
+                f"The plan's widths = {widths} must lead from {old}, the present width, to fewer channels."
             )
-        return asked.pop()
+        unknown = sorted(set(widths) - set(self._session.layers))
+        if unknown:
+            raise PlanFileError(f"The plan's widths = {widths}: blocks {unknown} have no MoE layer.")
+        return widths
+
+    def _described(self) -> dict[int, WidthFields]:
+        """What the config has to say of each layer that is cut."""
+        session = self._session
+        if not self._widths:
+            raise ValueError(f"protect={self.protect} leaves no MoE layer to cut.")
+        uneven = len(self._widths) < len(session.layers) or len(set(self._widths.values())) > 1
+        reason = exception_for(session.topology.model_type).refuse_uneven
+        if uneven and reason is not None:
+            raise ValueError(
+                f"ExpertWidthModifier must leave experts of the same width in every layer of "
+                f"{session.topology.model_type!r}: {reason}."
+            )
+        moe = session.layer(session.layers[0])
+        known = {
+            change: width_fields(session.model, moe, *change, alone=uneven)
+            for change in set(self._widths.values())
+        }
+        return {layer: known[change] for layer, change in self._widths.items()}
 
     def width_from(self, old: int) -> int:
         """Channels that stay of ``old``; without a plan.
@@ -198,23 +234,24 @@ class ExpertWidthModifier(MoEModifier):
         return int(new)
 
     def _check_shared(self) -> None:
-        module = self._session.layer(self._session.layers[0]).module
-        for path in self._fields.shared:
+        layer, fields = next(iter(self._fields.items()))
+        module = self._session.layer(layer).module
+        for path in fields.shared:
             shared = self._session.model.get_submodule(f"{module}.{path}")
             if not isinstance(getattr(shared, "down_proj", None), nn.Linear):
                 raise ValueError(
-                    f"ExpertWidthModifier: {', '.join(self._fields.values)} in the config is the width of routed "
+                    f"ExpertWidthModifier: {', '.join(fields.values)} in the config is the width of routed "
                     f"and of shared experts, and {path} is not made of Linear modules, which this version needs "
                     "to cut it."
                 )
-        if self._fields.shared and not self.shared_experts:
-            (field,) = self._fields.values
+        if fields.shared and not self.shared_experts:
+            (field,) = fields.values
             raise ValueError(
                 f"{self._session.topology.model_type!r}: {field} in its config is the width of routed and of "
                 "shared experts. Set shared_experts: true to cut both, or choose a width of which the present "
                 "one is a multiple, if shared experts are counted."
             )
-        if self.shared_experts and not self._fields.shared:
+        if self.shared_experts and not fields.shared:
             raise ValueError(
                 f"shared_experts=True: {self._session.topology.model_type!r} has no shared experts that share "
                 "their width with routed ones. Leave shared_experts out."
@@ -251,7 +288,7 @@ class ExpertWidthModifier(MoEModifier):
         session = self._session
         routed = dict(zip(map(str, session.expert_ids(layer)), session.experts(layer), strict=True))
         module = session.layer(layer).module
-        shared = {f"{SHARED} {n}": f"{module}.{path}" for n, path in enumerate(self._fields.shared)}
+        shared = {f"{SHARED} {n}": f"{module}.{path}" for n, path in enumerate(self._fields[layer].shared)}
         return routed | {name: session.model.get_submodule(path) for name, path in shared.items()}
 
     def _cut_in_a_pass(self, parts: dict[int, dict[str, nn.Module]]) -> dict[str, int]:
@@ -291,9 +328,9 @@ class ExpertWidthModifier(MoEModifier):
         return done
 
     def _cut(self, layer: int, experts: dict[str, nn.Module], sums: Sequence[ChannelSums] | None) -> None:
-        old, new = self._width
+        old, new = self._widths[layer]
         report = self._found
-        report.widths[layer] = self._width
+        report.widths[layer] = (old, new)
         kept, refitted = report.kept.setdefault(layer, {}), report.refitted.setdefault(layer, [])
         lost = torch.zeros(2, dtype=torch.float64)
         for position, (name, expert) in enumerate(experts.items()):

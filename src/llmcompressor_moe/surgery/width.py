@@ -22,7 +22,7 @@ from llmcompressor_moe.compat.transformers.building import build
 from llmcompressor_moe.surgery.experts import select
 from llmcompressor_moe.topology import MoELayer, expert_modules, text_config
 
-__all__ = ["WidthFields", "keep_channels", "note_width", "set_width", "width_fields", "width_of"]
+__all__ = ["WidthFields", "keep_channels", "note_width", "width_fields", "width_of"]
 
 # Integers that modules derive from their width.
 _WIDTHS = ("intermediate_size", "intermediate_dim", "expert_dim", "ffn_dim", "moe_intermediate_size")
@@ -89,7 +89,9 @@ class WidthFields:
     shared: tuple[str, ...]
 
 
-def width_fields(model: PreTrainedModel, moe: MoELayer, old: int, new: int) -> WidthFields:
+def width_fields(
+    model: PreTrainedModel, moe: MoELayer, old: int, new: int, *, alone: bool = False
+) -> WidthFields:
     """Find the fields of a text config that make experts ``new`` channels wide and leave everything else alone,
     shared experts left out: by building the model on the meta device.
 
@@ -99,6 +101,7 @@ def width_fields(model: PreTrainedModel, moe: MoELayer, old: int, new: int) -> W
     :param model: on any device (meta as well), linearized or not
     :param moe: one of its MoE layers
     :param old: present width
+    :param alone: whether a single field must do, which layers can have for themselves
     :raises ValueError: there are no such fields
     """
     config = text_config(model.config)
@@ -117,7 +120,7 @@ def width_fields(model: PreTrainedModel, moe: MoELayer, old: int, new: int) -> W
         others[field] = [name for name in changed if not any(f".{path}." in name for path in shared)]
         if others[field]:
             continue
-        for name, count in _shared_counts(config) if shared else ():
+        for name, count in _shared_counts(config) if shared and not alone else ():
             fields = {field: new, name: old * count // new}
             if old * count % new == 0 and not _changed(shapes, _shapes(model, fields), moe):
                 return WidthFields(fields, ())
@@ -128,13 +131,6 @@ def width_fields(model: PreTrainedModel, moe: MoELayer, old: int, new: int) -> W
         + (f" ({reason})" if reason else "")
         + ", so a checkpoint with narrower experts could not be described. Use ExpertDropModifier."
     )
-
-
-def set_width(config: PreTrainedConfig, fields: Mapping[str, int]) -> None:
-    """Write fields into the text config, in place."""
-    config = text_config(config)
-    for name, value in fields.items():
-        setattr(config, name, value)
 
 
 def _fields_of(
@@ -161,7 +157,9 @@ def _relative(moe: MoELayer) -> tuple[str, ...]:
 
 def _shapes(model: PreTrainedModel, fields: Mapping[str, int]) -> dict[str, torch.Size]:
     config = copy.deepcopy(model.config)
-    set_width(config, fields)
+    text = text_config(config)
+    for name, value in fields.items():
+        setattr(text, name, value)
     with load_trimmed_moe(), torch.device("meta"):
         built = build(type(model), config)
     return {name: parameter.shape for name, parameter in built.named_parameters()}
