@@ -89,6 +89,17 @@ def experts_gone(outcome: Outcome) -> None:
         assert router.weight.shape[0] == moe.num_experts
 
 
+def experts_narrow(outcome: Outcome) -> None:
+    """Expert Width: half of the channels of every expert that stayed, in what is there and in the config."""
+    field = "intermediate_size" if outcome.base.config.model_type == "mixtral" else "moe_intermediate_size"
+    assert getattr(outcome.reloaded.config, field) * 2 == getattr(outcome.base.config, field)
+    for moe in find_topology(outcome.reloaded).moe_layers.values():
+        experts = outcome.reloaded.get_submodule(moe.experts)
+        linear = expert_modules(experts)
+        widths = {expert.down_proj.in_features for expert in linear} or {experts.down_proj.shape[-1]}
+        assert widths == {getattr(outcome.reloaded.config, field)}
+
+
 def experts_quantized(outcome: Outcome) -> None:
     """Every expert that stayed is in 4 bit and computes nearly what the same expert did before."""
     bits = {scheme for _, experts in _quantized_experts(outcome) for scheme in _bits(experts)}
@@ -201,7 +212,7 @@ def _quantized_experts(
     """
     inputs = torch.randn(32, outcome.base.config.hidden_size, generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(outcome.base.dtype)
-    comparable = not {"awq", "sparsegpt", "wanda", "sparsity"} & set(outcome.order)
+    comparable = not {"awq", "sparsegpt", "wanda", "sparsity", "width"} & set(outcome.order)
     layers = find_topology(outcome.model).moe_layers
     for _, _, index in outcome.blocks():
         if index in outcome.layers_dropped or index not in among:

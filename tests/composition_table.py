@@ -29,6 +29,7 @@ from llmcompressor_moe import (
     BlockDropModifier,
     ExpertDropModifier,
     ExpertSparsityModifier,
+    ExpertWidthModifier,
     LayerDropModifier,
     RouterAwareQuantModifier,
     RouterCalibrationModifier,
@@ -107,6 +108,11 @@ _PRUNE_BEFORE = (
     "or by an earlier modifier. Put ExpertSparsityModifier before the modifier that quantizes, and start from a "
     "checkpoint that is not quantized."
 )
+_WIDTH_BEFORE = "ExpertWidthModifier would undo what {} does to experts; put ExpertWidthModifier before it."
+_WIDTH_BEFORE_QUANTIZING = (
+    "ExpertWidthModifier cannot cut block ...: ... of its experts is quantized already, by the checkpoint or by "
+    "an earlier modifier. Put ExpertWidthModifier before the modifier that quantizes."
+)
 _EXPERT_QUANTIZERS = ("quantization", "some_layers", "gptq", "awq", "autoround")
 
 PARTS: dict[str, Part] = {
@@ -140,6 +146,21 @@ PARTS: dict[str, Part] = {
         effects.experts_sparse_by_ratio,
         ours=True,
         refuses_before={**dict.fromkeys(_EXPERT_QUANTIZERS, _PRUNE_BEFORE), "raq": _PRUNE_BEFORE_RAQ},
+    ),
+    "width": Part(
+        "Expert Width",
+        lambda: [ExpertWidthModifier(drop_ratio=0.5)],
+        effects.experts_narrow,
+        ours=True,
+        # It calibrates in a pass of its own and cuts before the others', in either pipeline.
+        pipelines=("independent",),
+        refuses_before={
+            **dict.fromkeys(_EXPERT_QUANTIZERS, _WIDTH_BEFORE_QUANTIZING),
+            "raq": _WIDTH_BEFORE.format("RouterAwareQuantModifier"),
+            "sparsity": _WIDTH_BEFORE.format("ExpertSparsityModifier"),
+            "sparsegpt": _WIDTH_BEFORE.format("SparseGPTModifier"),
+            "wanda": _WIDTH_BEFORE.format("WandaPruningModifier"),
+        },
     ),
     "calibration": Part(
         "Router Calibration",
@@ -225,6 +246,7 @@ LONGER: list[tuple[str, ...]] = [
     ("layer", "expert", "calibration", "gptq"),
     ("expert", "awq", "calibration", "block"),
     ("sparsity", "raq", "calibration"),
+    ("expert", "width", "raq"),
 ]
 # Other families: where modifiers look layers up by the family's name.
 BY_FAMILY = {"qwen3_moe": ("awq", "smoothquant", "autoround")}

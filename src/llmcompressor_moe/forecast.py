@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from pydantic import BaseModel
 
+from llmcompressor_moe.check.expected import build_meta, model_class
 from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config, scheme_saving
 from llmcompressor_moe.modifiers.block_drop import BlockDropModifier
 from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
+from llmcompressor_moe.modifiers.expert_width import ExpertWidthModifier
 from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
@@ -25,7 +27,9 @@ from llmcompressor_moe.plan import amount_of
 from llmcompressor_moe.quantization.refusals import check_servable
 from llmcompressor_moe.quantization.schemes import resolve_scheme, resolve_schemes, shares_group_size
 from llmcompressor_moe.sizes import bytes_text, parse_bytes
-from llmcompressor_moe.surgery.config import describe_layers, keep_blocks
+from llmcompressor_moe.surgery.config import describe_layers, describe_widths, keep_blocks
+from llmcompressor_moe.surgery.width import width_fields, width_of
+from llmcompressor_moe.topology import find_topology
 
 __all__ = ["ForecastError", "Step", "forecast"]
 
@@ -53,10 +57,13 @@ class Step(BaseModel):
 
 @dataclass
 class _Shape:
-    """A model's blocks that are left, in order, and experts per MoE layer (0: dropped), by original index."""
+    """A model's blocks that are left, in order, and experts per MoE layer (0: dropped), by original index; and the
+    config fields that say how wide the experts of a layer are, where they have been cut.
+    """
 
     blocks: list[int]
     experts: dict[int, int]
+    widths: dict[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
@@ -86,6 +93,11 @@ def forecast(path: str | Path, recipe: Recipe) -> list[Step]:
         name = type(modifier).__name__.removesuffix("Modifier")
         if isinstance(modifier, PartDropModifier | ExpertDropModifier):
             amount = _drop(shape, modifier)
+            with _trimmed(path, shape) as directory:
+                inspection = inspect_model(directory, ())
+            steps.append(_step(f"{name}: {amount}", inspection, inspection.plain_bits))
+        elif isinstance(modifier, ExpertWidthModifier):
+            amount = _narrow(path, shape, modifier)
             with _trimmed(path, shape) as directory:
                 inspection = inspect_model(directory, ())
             steps.append(_step(f"{name}: {amount}", inspection, inspection.plain_bits))
@@ -153,6 +165,22 @@ def _drop_experts(shape: _Shape, modifier: ExpertDropModifier) -> str:
     return f"{gone / len(before):g} of {sum(before.values()) / len(before):g} experts per layer"
 
 
+def _narrow(path: str | Path, shape: _Shape, modifier: ExpertWidthModifier) -> str:
+    """Take channels from the shape's experts; says how many."""
+    if modifier.plan_path is not None:
+        raise ForecastError(f"{type(modifier).__name__}: a plan decides the width; give drop_ratio or width.")
+    with _trimmed(path, shape) as directory:
+        config = read_config(directory)
+        model = build_meta(config, model_class(config))
+    moe = next(iter(find_topology(model).moe_layers.values()))
+    old = width_of(model, moe)
+    new = modifier.width_from(old)
+    cut = [index for index in shape.layers if index not in modifier.protect]
+    fields = width_fields(model, moe, old, new, alone=len(cut) < len(shape.layers)).values
+    shape.widths = dict.fromkeys(cut, fields)
+    return f"{old - new} of {old} channels per expert"
+
+
 @contextmanager
 def _trimmed(path: str | Path, shape: _Shape) -> Iterator[str]:
     """A directory with the config that the cut model has."""
@@ -160,6 +188,11 @@ def _trimmed(path: str | Path, shape: _Shape) -> Iterator[str]:
     keep_blocks(config, shape.blocks)
     counts = {new: shape.experts[old] for new, old in enumerate(shape.blocks) if old in shape.experts}
     describe_layers(config, counts)
+    if shape.widths:
+        describe_widths(
+            config,
+            {new: shape.widths.get(old, {}) for new, old in enumerate(shape.blocks) if counts.get(new)},
+        )
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         yield directory

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from typing_extensions import Self
 
-__all__ = ["DropReport", "ModifierReport", "PlanFileError", "ShownPath", "shown_path"]
+__all__ = [
+    "DropReport",
+    "ModifierReport",
+    "PlanFileError",
+    "ShownPath",
+    "WidthReport",
+    "as_hex",
+    "shown_path",
+]
 
 
 def shown_path(path: str | Path | None) -> str | None:
@@ -138,3 +147,57 @@ class DropReport(ModifierReport):
         criterion = self.settings.get("criterion") or self.settings.get("metric")
         chosen = f", chosen by {criterion} on {self.calibration['tokens']} tokens" if self.calibration else ""
         return f"{self.modifier}: {what}{chosen}"
+
+
+class WidthReport(ModifierReport):
+    """Report of an ExpertWidthModifier. Indices are those of the model as it came into the recipe.
+
+    :param widths: block index -> channels of each expert before and after
+    :param kept: block index -> expert (``shared 0``, ... for shared ones) -> channels that stay, as a hexadecimal
+        number: its first digit stands for the first four channels, the first of them in the highest bit
+    :param refitted: block index -> experts whose down projection was fitted
+    :param lost: block index -> share of the squared output of the routed experts that is lost on tokens that
+        nothing was decided on; null where there were none
+    """
+
+    widths: dict[int, tuple[int, int]]
+    kept: dict[int, dict[str, str]]
+    refitted: dict[int, list[str]] = {}
+    lost: dict[int, float | None] = {}
+
+    def channels(self, layer: int, name: str, width: int, count: int) -> list[int]:
+        """Channels of an expert that stay.
+
+        :param name: as in ``kept``
+        :param width: channels that it has
+        :param count: that are to stay
+        :raises PlanFileError: the plan, edited by hand perhaps, says otherwise
+        """
+        text, digits = self.kept.get(layer, {}).get(name, ""), -(-width // 4)
+        try:
+            number = int(text, 16)
+        except ValueError:
+            number = 0
+        found = [channel for channel in range(width) if number >> (4 * digits - 1 - channel) & 1]
+        if len(text) != digits or len(found) != count:
+            raise PlanFileError(
+                f"The plan's kept[{layer}][{name!r}] = {text!r} must be {digits} hexadecimal digits that name "
+                f"{count} of {width} channels."
+            )
+        return found
+
+    def describe(self) -> str:
+        """One line for the model card."""
+        changes = sorted({change for change in self.widths.values()})
+        what = ", ".join(f"{old} to {new}" for old, new in changes)
+        tokens = f", chosen on {self.calibration['tokens']} tokens" if self.calibration else ""
+        return f"{self.modifier}: experts of {len(self.widths)} MoE layers cut from {what} channels{tokens}"
+
+
+def as_hex(channels: Sequence[int], width: int) -> str:
+    """Channels as `WidthReport` lists them.
+
+    :param width: channels that there were
+    """
+    digits = -(-width // 4)
+    return f"{sum(1 << (4 * digits - 1 - channel) for channel in channels):0{digits}x}"

@@ -20,6 +20,7 @@ from llmcompressor_moe.check.expected import build_meta, model_class
 from llmcompressor_moe.criteria import part_metric
 from llmcompressor_moe.forecast import ForecastError, forecast
 from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config
+from llmcompressor_moe.modifiers.expert_width import ExpertWidthModifier
 from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
@@ -297,6 +298,8 @@ def _passes(modifiers: list[Modifier], shape: ModelShape, samples: int) -> int:
             total += _ROUTER_AWARE_PASSES + modifier.requires_calibration_data
         elif isinstance(modifier, RouterCalibrationModifier):
             total += 2
+        elif isinstance(modifier, ExpertWidthModifier):
+            total += modifier.needs_data()
         elif not isinstance(modifier, QualityGateModifier):
             total += modifier.requires_calibration_data
     return round(total)
@@ -329,6 +332,10 @@ def _changed(modifiers: list[Modifier], shape: ModelShape, output: int, requanti
             continue
         if isinstance(modifier, RouterCalibrationModifier):
             total += 4 * shape.router_weights
+            continue
+        if isinstance(modifier, ExpertWidthModifier):
+            # Down projections, one of three matrices of an expert.
+            total += shape.nbytes // 3 if modifier.refit else 0
             continue
         # Rounding to nearest only adds what is stored compressed; other algorithms also update the weights.
         nearest = type(modifier) is QuantizationModifier or (

@@ -28,6 +28,7 @@ __all__ = [
     "check_family",
     "expert_count_attributes",
     "expert_modules",
+    "expert_width_attributes",
     "find_topology",
     "find_towers",
     "text_config",
@@ -35,6 +36,7 @@ __all__ = [
 
 _EXPERT_COUNT = re.compile(r"^(moe_)?(n|num)_(local_|routed_)*experts$")
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "top_k", "moe_k")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 _ROUTER_NAMES = ("gate", "router")
 _GROUPS = ("n_group", "num_expert_group")
 _GROUPS_KEPT = ("topk_group", "top_k_group", "num_limited_groups")
@@ -117,6 +119,12 @@ def expert_count_attributes(config: PreTrainedConfig) -> list[str]:
     config = text_config(config)
     names = {config.attribute_map.get(name, name) for name in [*config.__dict__, *config.attribute_map]}
     return sorted(name for name in names if _EXPERT_COUNT.match(name) and name in config.__dict__)
+
+
+def expert_width_attributes(config: PreTrainedConfig) -> list[str]:
+    """Canonical names of the text config's attributes that may say how wide routed experts are; one, or none."""
+    config = text_config(config)
+    return [name for name in _EXPERT_WIDTHS if name in config.__dict__][:1]
 
 
 def expert_modules(experts: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.naming import Naming, find_naming, saved_state
 from llmcompressor_moe.compat.transformers.building import build, class_for, class_named
-from llmcompressor_moe.topology import MoELayer, NotAnMoEError, Topology, find_topology
+from llmcompressor_moe.topology import (
+    MoELayer,
+    NotAnMoEError,
+    Topology,
+    expert_width_attributes,
+    find_topology,
+)
 
 # Names under which llm-compressor linearizes experts, whatever the family calls them.
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -100,12 +106,15 @@ def model_class(config: ReadConfig) -> type[PreTrainedModel] | None:
 
 
 def needs_trimmed_reader(config: ReadConfig) -> bool:
-    """Whether `per_layer_config` skips parts or counts experts, which no stock model class understands."""
+    """Whether `per_layer_config` skips parts, counts experts or says how wide they are, which no stock model class
+    understands.
+    """
     written = config.raw_text.get("per_layer_config")
     if not isinstance(written, dict):
         return False
     names = {name for layer in written.values() if isinstance(layer, dict) for name in layer}
-    return "skip" in names or config.expert_attribute in names
+    told = {"skip", config.expert_attribute, *expert_width_attributes(config.text)}
+    return not names.isdisjoint(told)
 
 
 def build_meta(config: ReadConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from typing import Any
 from llmcompressor_moe.check.config import ReadConfig
 from llmcompressor_moe.check.report import Findings
 from llmcompressor_moe.compat.transformers.per_layer import has_general_value
-from llmcompressor_moe.topology import expert_count_attributes
+from llmcompressor_moe.topology import expert_count_attributes, expert_width_attributes
 
 FIELD = "per_layer_config"
 OPT_OUT = "allow_global_per_layer_attribute_access"
@@ -81,6 +81,7 @@ def check_meaning(config: ReadConfig, findings: Findings) -> bool:
     before = len(findings.all)
     aliases = config.text.attribute_map
     counts = expert_count_attributes(config.parsed)
+    widths = expert_width_attributes(config.parsed)
     for key, entry in written.items():
         subject = f"{FIELD}.{key}"
         for name, value in entry.items():
@@ -105,6 +106,12 @@ def check_meaning(config: ReadConfig, findings: Findings) -> bool:
             ):
                 findings.error(
                     "per-layer-count", f"{subject}.{name}", f"{value!r} is not a number of experts"
+                )
+            if aliases.get(name, name) in widths and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                findings.error(
+                    "per-layer-width", f"{subject}.{name}", f"{value!r} is not a number of channels"
                 )
         _check_skip(config, subject, entry, counts, findings)
     return len(findings.all) == before

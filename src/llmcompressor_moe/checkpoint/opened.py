@@ -10,8 +10,8 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from llmcompressor_moe.checkpoint.encodings import logical_tensors, refuse_unrea
 from llmcompressor_moe.checkpoint.layout import CheckpointLayout, whole_layout
 from llmcompressor_moe.checkpoint.mapping import model_sources
 from llmcompressor_moe.checkpoint.reader import load_trimmed_moe
-from llmcompressor_moe.checkpoint.sources import Leaf, Source, recorded_copies
+from llmcompressor_moe.checkpoint.sources import Leaf, Source, Taken, recorded_copies
 from llmcompressor_moe.checkpoint.stored import StoredTensors
 from llmcompressor_moe.compat.llmcompressor.linear_experts import linearize_without_weights
 from llmcompressor_moe.compat.transformers.building import build, class_named, initialize
@@ -97,10 +97,23 @@ class OpenedModule:
 
     :param path: its path when the model was opened
     :param sources: name of a parameter or buffer -> where it was read from
+    :param cuts: name of one that was cut -> what is left of where it was read from, whether or not its values have
+        changed since
     """
 
     path: str
     sources: dict[str, Source]
+    cuts: dict[str, Taken] = field(default_factory=dict)
+
+    def note_cut(self, name: str, axis: int, kept: Sequence[int]) -> None:
+        """Remember that some entries of an axis of a tensor are left."""
+        source = self.made_of(name)
+        if source is not None:
+            self.cuts[name] = Taken(source, axis, kept)
+
+    def made_of(self, name: str) -> Source | None:
+        """Where the values of a tensor, in the shape that it has now, were read from."""
+        return self.cuts.get(name, self.sources.get(name))
 
     def path_of(self, name: str) -> str:
         """Path of one of its tensors when the model was opened."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
 from llmcompressor_moe.compat.transformers.per_layer import layer_overrides, tolerant_lookups
-from llmcompressor_moe.topology import expert_count_attributes
+from llmcompressor_moe.topology import expert_count_attributes, expert_width_attributes
 
 __all__ = ["SKIPPABLE", "MoEOverride", "moe_overrides", "tolerant_configs"]
 
@@ -22,20 +22,23 @@ class MoEOverride:
 
     :param skipped: the layer has no MoE
     :param counts: attribute that counts experts (canonical name) -> experts of this layer
+    :param widths: attribute that says how wide experts are -> channels of this layer's
     """
 
     skipped: bool
     counts: dict[str, int]
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
-    """Layer index -> override, for the layers whose MoE was dropped or has another number of experts.
+    """Layer index -> override, for the layers whose MoE was dropped, or has another number of experts, or experts
+    of another width.
 
     Empty for configs whose layers are all alike, or differ in other things only (Gemma 4's attention does).
 
     :param config: a text config; of a config with parts, its text config
-    :raises ValueError: a part other than the MoE is to be skipped, or a count of experts is no whole number
-        above 0
+    :raises ValueError: a part other than the MoE is to be skipped, or a count of experts or their width is not a
+        whole number above 0
     """
     overrides = layer_overrides(config)
     if not overrides:
@@ -57,8 +60,14 @@ def moe_overrides(config: PreTrainedConfig) -> dict[int, MoEOverride]:
                     f'per_layer_config["{index}"].{name} is {count!r}; it must be a whole number above 0, '
                     f'or 0 together with "skip": ["{SKIPPABLE}"] where the MoE layer was dropped.'
                 )
-        if skip or counts:
-            found[index] = MoEOverride(bool(skip), counts)
+        widths = {name: values[name] for name in expert_width_attributes(config) if name in values}
+        for name, width in widths.items():
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise ValueError(
+                    f'per_layer_config["{index}"].{name} is {width!r}; it must be a whole number above 0.'
+                )
+        if skip or counts or widths:
+            found[index] = MoEOverride(bool(skip), counts, widths)
     return found
 
 
@@ -73,9 +82,9 @@ def _without_moe_overrides(config: PreTrainedConfig) -> PreTrainedConfig:
     if not overrides:
         return config
     plain = copy.copy(config)
-    counts = {name for override in overrides.values() for name in override.counts}
+    said = {name for override in overrides.values() for name in {**override.counts, **override.widths}}
     plain.per_layer_config = {
-        index: {name: value for name, value in values.items() if name not in {*counts, "skip"}}
+        index: {name: value for name, value in values.items() if name not in {*said, "skip"}}
         for index, values in layer_overrides(config).items()
     }
     return plain

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,7 +27,7 @@ from llmcompressor_moe.checkpoint.quantized import compressed_experts_as_linears
 from llmcompressor_moe.compat.transformers.building import blocks_built_by
 from llmcompressor_moe.compat.transformers.per_layer import allow_global_access
 from llmcompressor_moe.surgery.skipped import SkippedMoE
-from llmcompressor_moe.topology import NotAnMoEError, find_topology
+from llmcompressor_moe.topology import NotAnMoEError, expert_modules, find_topology
 
 __all__ = ["load_trimmed_moe"]
 
@@ -145,9 +146,8 @@ def _share_config(
 
 
 def _said(index: int, override: MoEOverride) -> str:
-    return ", ".join(
-        f'per_layer_config["{index}"].{name} is {count}' for name, count in override.counts.items()
-    )
+    said = {**override.counts, **override.widths}
+    return ", ".join(f'per_layer_config["{index}"].{name} is {value}' for name, value in said.items())
 
 
 def _check_model(model: PreTrainedModel, overrides: dict[int, MoEOverride]) -> None:
@@ -159,6 +159,15 @@ def _check_model(model: PreTrainedModel, overrides: dict[int, MoEOverride]) -> N
     for index, override in overrides.items():
         moe = moe_layers.get(index)
         built = 0 if moe is None else moe.num_experts
+        if override.widths and moe is not None:
+            shape = _down_shape(model.get_submodule(moe.experts))
+            if not set(shape) & set(override.widths.values()):
+                raise ValueError(
+                    f"{_said(index, override)}, but {type(model).__name__} built down projections of the shape "
+                    f"{tuple(shape)}. Load this checkpoint with a model class of transformers itself."
+                )
+        if not (override.skipped or override.counts):
+            continue
         if built not in ([0] if override.skipped else override.counts.values()):
             raise ValueError(
                 f"{type(model).__name__} built {built} experts in layer {index} although its config differs "
@@ -175,3 +184,8 @@ def _check_model(model: PreTrainedModel, overrides: dict[int, MoEOverride]) -> N
                 f"{_said(index, override)}, which does not divide into the router's {moe.num_groups} groups. "
                 "Keep the same number of experts in every group."
             )
+
+
+def _down_shape(experts: nn.Module) -> torch.Size:
+    linear = expert_modules(experts)
+    return linear[0].down_proj.weight.shape if linear else experts.down_proj.shape

@@ -27,7 +27,6 @@ __all__ = [
     "recorded_copies",
 ]
 
-Step = Callable[[torch.Tensor], torch.Tensor]
 
 _recorder: list[tuple[torch.Tensor, Source]] | None = None
 
@@ -102,6 +101,13 @@ class Source(ABC):
     @abstractmethod
     def leaves(self) -> Iterator[Leaf]:
         """The stored tensors that it is made of."""
+
+    def places(self) -> list[tuple[int, torch.Tensor]]:
+        """For each axis, the axis of the one stored tensor that it runs along, and the indices there.
+
+        :raises ValueError: it is not a part of one stored tensor
+        """
+        raise ValueError(f"{type(self).__name__} of {[leaf.name for leaf in self.leaves()]} cannot be cut")
 
     def write(self, value: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         """Write other values into copies of the stored tensors.
@@ -189,6 +195,10 @@ class Leaf(Source):
         """Itself."""
         yield self
 
+    def places(self) -> list[tuple[int, torch.Tensor]]:
+        """All of it."""
+        return [(axis, torch.arange(size)) for axis, size in enumerate(self.shape)]
+
     def write(self, value: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         """Write into the copy of the stored tensor (of one expert's part of it, where this is one expert)."""
         buffers[self.name].copy_(value)
@@ -201,6 +211,9 @@ class _Select:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.select(self.axis, self.index)
 
+    def places(self, base: list[tuple[int, torch.Tensor]]) -> list[tuple[int, torch.Tensor]]:
+        raise ValueError(f"one entry of axis {self.axis} of a stored tensor cannot be cut")
+
 
 class _Slice:
     def __init__(self, axis: int, start: int, stop: int, step: int) -> None:
@@ -209,6 +222,12 @@ class _Slice:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[(slice(None),) * self.axis + (self.range,)]
 
+    def places(self, base: list[tuple[int, torch.Tensor]]) -> list[tuple[int, torch.Tensor]]:
+        return [
+            (stored, indices[self.range] if axis == self.axis else indices)
+            for axis, (stored, indices) in enumerate(base)
+        ]
+
 
 class _Transpose:
     def __init__(self, first: int, second: int) -> None:
@@ -216,6 +235,15 @@ class _Transpose:
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.transpose(*self.axes)
+
+    def places(self, base: list[tuple[int, torch.Tensor]]) -> list[tuple[int, torch.Tensor]]:
+        first, second = self.axes
+        swapped = list(base)
+        swapped[first], swapped[second] = base[second], base[first]
+        return swapped
+
+
+Step = _Select | _Slice | _Transpose
 
 
 class View(Source):
@@ -240,6 +268,10 @@ class View(Source):
     def leaves(self) -> Iterator[Leaf]:
         """Those of the base."""
         return self.base.leaves()
+
+    def places(self) -> list[tuple[int, torch.Tensor]]:
+        """Those of the base, after the step."""
+        return self.step.places(self.base.places())
 
     def write(self, value: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         """Write into the same part of the stored tensor."""
@@ -362,7 +394,7 @@ class Deinterleaved(Source):
 
 
 class Taken(Source):
-    """Some entries of an axis, in a given order: what is left of a per-expert tensor."""
+    """Some entries of an axis, in a given order: what is left of a per-expert tensor, or of an expert."""
 
     def __init__(self, base: Source, axis: int, kept: Sequence[int]) -> None:
         self.base, self.axis, self.kept = base, axis, tuple(kept)
@@ -373,6 +405,14 @@ class Taken(Source):
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values."""
         return self.base.read(dtype).index_select(self.axis, torch.tensor(self.kept))
+
+    def places(self) -> list[tuple[int, torch.Tensor]]:
+        """Those of the base that are left."""
+        kept = torch.tensor(self.kept)
+        return [
+            (stored, indices[kept] if axis == self.axis else indices)
+            for axis, (stored, indices) in enumerate(self.base.places())
+        ]
 
     def leaves(self) -> Iterator[Leaf]:
         """Those of the base."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["split_held_out"]
+__all__ = ["in_fixed_order", "split_held_out"]
 
 # Enough to judge by, little enough to hold.
 _TOKENS = 8192
@@ -20,7 +20,7 @@ def split_held_out(
 
     Which is which follows from what the batches hold, not from the order in which a shuffling loader gives them.
     """
-    every = sorted(batches, key=_fingerprint)
+    every = in_fixed_order(batches)
     if len(every) < 2:
         return every, every, False
     count, tokens = 0, 0
@@ -28,6 +28,11 @@ def split_held_out(
         count += 1
         tokens += every[-count]["input_ids"].numel()
     return every[:-count], every[-count:], True
+
+
+def in_fixed_order(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches in an order that follows from what they hold, however a shuffling loader gives them."""
+    return sorted(batches, key=_fingerprint)
 
 
 def _fingerprint(batch: dict[str, Any]) -> str:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint
+from llmcompressor_moe.checkpoint.opened import OpenedCheckpoint, opened_module
 from llmcompressor_moe.families import MTP_COUNTS
 from llmcompressor_moe.saving.shards import OutputTensor
 from llmcompressor_moe.saving.tensors import copied, rows
-from llmcompressor_moe.topology import MoELayer, NotAnMoEError, find_topology, text_config
+from llmcompressor_moe.topology import MoELayer, NotAnMoEError, expert_modules, find_topology, text_config
 
 __all__ = ["MtpPlan", "cut_tensor", "is_mtp", "plan_mtp"]
 
@@ -70,6 +70,8 @@ def plan_mtp(model: PreTrainedModel, opened: OpenedCheckpoint, quantizes: bool) 
     own = _own_experts(names, opened)
     if quantizes:
         return MtpPlan(False, {}, "MTP layers are switched off: they are not quantized with the rest.")
+    if own and any(_is_narrower(model, layer) for layer in now):
+        return MtpPlan(False, {}, "MTP layers are switched off: their experts are as wide as they were.")
     if not own or (counts == before and len(counts) == 1):
         return MtpPlan(True, {}, "MTP layers are kept.")
     if len(counts) != 1 or len(before) != 1 or len(opened.moe_layers) != _moe_layers_left(model, opened, now):
@@ -80,6 +82,12 @@ def plan_mtp(model: PreTrainedModel, opened: OpenedCheckpoint, quantizes: bool) 
     return MtpPlan(
         True, kept, "MTP layers are cut to the same number of experts, those with the largest weights."
     )
+
+
+def _is_narrower(model: PreTrainedModel, layer: MoELayer) -> bool:
+    """Whether a layer's experts have lost channels."""
+    origin = opened_module(expert_modules(model.get_submodule(layer.experts))[0].down_proj)
+    return origin is not None and "weight" in origin.cuts
 
 
 def _moe_layers_left(model: PreTrainedModel, opened: OpenedCheckpoint, now: Sequence[MoELayer]) -> int:

@@ -60,16 +60,22 @@ def moved_name(stored: str, old: str, new: str) -> str:
 
 
 @dataclass
-class _Fused:
-    """A stored tensor that holds all experts of a layer, and what is left of it.
+class _Shared:
+    """A stored tensor that several parameters are made of, of all experts of a layer perhaps, and what is left of
+    it.
 
-    :param experts: stored index -> the parameters that are made of it: (source, new value or None if unchanged)
+    :param experts: stored index of an expert (None: the tensor has no axis of experts) -> the parameters that are
+        made of it: (source, new value or None if unchanged)
     """
 
     leaf: Leaf
     old: str
     now: str
-    experts: dict[int, list[tuple[Source, _Value | None]]] = field(default_factory=dict)
+    experts: dict[int | None, list[tuple[Source, _Value | None]]] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> bool:
+        return any(isinstance(source, Taken) for parts in self.experts.values() for source, _ in parts)
 
     @property
     def changed(self) -> bool:
@@ -115,7 +121,7 @@ class _Plan:
         self._stored = opened.stored
         self._order = {name: place for place, name in enumerate(_file_order(opened.stored))}
         self._found: dict[str, tuple[int, OutputTensor]] = {}
-        self._fused: dict[str, _Fused] = {}
+        self._shared: dict[str, _Shared] = {}
         self._split: set[nn.Module] = set()
         self._refused: set[nn.Module] = set()
 
@@ -141,8 +147,8 @@ class _Plan:
 
     def tensors(self) -> list[OutputTensor]:
         """Everything that was planned, in the order of the files."""
-        for fused in self._fused.values():
-            self._add_fused(fused)
+        for shared in self._shared.values():
+            self._add_shared(shared)
         return [
             tensor for _, tensor in sorted(self._found.values(), key=lambda item: (item[0], item[1].name))
         ]
@@ -158,7 +164,7 @@ class _Plan:
             return
         for leaf in source.leaves():
             if leaf.expert is not None:
-                self._experts_of(leaf, source, old, now, None)
+                self._part_of(leaf, source, old, now, None)
             elif self._converts(leaf):
                 self._put(self._converted(leaf, moved_name(leaf.name, old, now)), leaf.parts[0])
             else:
@@ -181,8 +187,12 @@ class _Plan:
 
     def _add_taken(self, source: Taken, old: str, now: str) -> None:
         (leaf,) = source.leaves()
+        if not _is_whole(source):
+            self._part_of(leaf, source, old, now, None)
+            return
         name = moved_name(leaf.name, old, now)
-        if leaf.encoded is None and leaf is source.base and not self._converts(leaf):
+        plain = leaf.encoded is None and leaf is source.base and not self._converts(leaf)
+        if plain and source.axis == 0:
             self._put(rows(self._stored, leaf.name, name, source.axis, source.kept), leaf.name)
         else:
             dtype = self._written_dtype(leaf)
@@ -191,7 +201,7 @@ class _Plan:
     def _add_changed(
         self, module: nn.Module, origin: OpenedModule, name: str, value: _Value, now: str
     ) -> None:
-        source = origin.sources.get(name)
+        source = origin.made_of(name)
         old = origin.path_of(name)
         if source is None or _is_quantized(module) or module in self._split:
             stored, place = self._name_for(origin, name, now)
@@ -203,13 +213,12 @@ class _Plan:
                 f"{now} is stored quantized and was changed; open the checkpoint with requantize=True, or leave "
                 "out the modifier that changes it."
             )
-        if len(leaves) == 1 and leaves[0] is source and leaves[0].expert is None:
-            # Values may be cut as well: the tensor has the shape that it has now.
-            dtype = self._written_dtype(source)
-            self._add_value(moved_name(source.name, old, now), value, source.parts[0], dtype)
-        elif all(leaf.expert is not None for leaf in leaves):
+        if _is_whole(source):
+            (leaf,) = leaves
+            self._add_value(moved_name(leaf.name, old, now), value, leaf.parts[0], self._written_dtype(leaf))
+        elif isinstance(source, Taken) or all(leaf.expert is not None for leaf in leaves):
             for leaf in leaves:
-                self._experts_of(leaf, source, old, now, value)
+                self._part_of(leaf, source, old, now, value)
         else:
             for leaf in leaves:
                 self._add_assembled(leaf, source, value, moved_name(leaf.name, old, now))
@@ -241,30 +250,32 @@ class _Plan:
             OutputTensor(name, _NAMES[leaf.dtype], tuple(leaf.shape), leaf.meta.nbytes, pieces), leaf.parts[0]
         )
 
-    def _experts_of(self, leaf: Leaf, source: Source, old: str, now: str, value: _Value | None) -> None:
-        fused = self._fused.setdefault(leaf.name, _Fused(leaf, old, now))
-        fused.experts.setdefault(leaf.expert, []).append((source, value))
+    def _part_of(self, leaf: Leaf, source: Source, old: str, now: str, value: _Value | None) -> None:
+        shared = self._shared.setdefault(leaf.name, _Shared(leaf, old, now))
+        shared.experts.setdefault(leaf.expert, []).append((source, value))
 
-    def _add_fused(self, fused: _Fused) -> None:
-        leaf, kept = fused.leaf, list(fused.experts)
-        if not fused.changed and not self._converts(leaf):
+    def _add_shared(self, shared: _Shared) -> None:
+        leaf, kept = shared.leaf, list(shared.experts)
+        if not shared.changed and not shared.cut and not self._converts(leaf):
             for part in leaf.parts:
-                self._put(rows(self._stored, part, moved_name(part, fused.old, fused.now), 0, kept), part)
+                self._put(rows(self._stored, part, moved_name(part, shared.old, shared.now), 0, kept), part)
             return
-        shape = (len(kept), *leaf.shape)
+        left = {expert: _left_of(leaf, parts) for expert, parts in shared.experts.items()}
+        shape = tuple(len(indices) for indices in next(iter(left.values())))
+        shape = shape if kept == [None] else (len(kept), *shape)
         dtype = self._written_dtype(leaf)
 
         def pieces() -> Iterator[torch.Tensor]:
-            for expert, parts in fused.experts.items():
-                one = Leaf(self._stored, leaf.name, leaf.dtype, leaf.encoded, expert)
-                buffer = one.read(dtype).clone()
+            for expert, parts in shared.experts.items():
+                whole = Leaf(self._stored, leaf.name, leaf.dtype, leaf.encoded, expert).read(dtype)
+                buffer = _taken(whole, left[expert])
                 for source, value in parts:
                     if value is not None:
-                        source.write(value.read(), {leaf.name: buffer})
+                        _write(source, value.read(), buffer, left[expert], leaf.name)
                 yield buffer
 
         nbytes = math.prod(shape) * dtype.itemsize
-        name = moved_name(leaf.name, fused.old, fused.now)
+        name = moved_name(leaf.name, shared.old, shared.now)
         self._put(OutputTensor(name, _NAMES[dtype], shape, nbytes, pieces), leaf.parts[0])
 
     def _add_decoded_experts(self, path: str, experts: LinearExperts2D) -> None:
@@ -298,6 +309,45 @@ class _Plan:
         """Stored name and place for a tensor that a modifier gave to a module, or that is no longer fused."""
         module, place = _stored_module(origin, now.rpartition(".")[0], self._opened)
         return f"{module}.{name}", place
+
+
+def _is_whole(source: Source) -> bool:
+    """Whether a tensor is all of a stored one, or is what is left of all of it."""
+    while isinstance(source, Taken):
+        source = source.base
+    return isinstance(source, Leaf) and source.expert is None
+
+
+def _left_of(leaf: Leaf, parts: Sequence[tuple[Source, _Value | None]]) -> list[torch.Tensor]:
+    """What is left of each axis of a stored tensor (of one expert's part of it): indices, in order."""
+    if not any(isinstance(source, Taken) for source, _ in parts):
+        return [torch.arange(size) for size in leaf.shape]
+    found: list[list[torch.Tensor]] = [[] for _ in leaf.shape]
+    for source, _ in parts:
+        for axis, indices in source.places():
+            found[axis].append(indices)
+    return [torch.cat(indices).unique() for indices in found]
+
+
+def _taken(tensor: torch.Tensor, left: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A copy of what is left of a tensor."""
+    for axis, indices in enumerate(left):
+        if len(indices) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, indices)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _write(
+    source: Source, value: torch.Tensor, buffer: torch.Tensor, left: Sequence[torch.Tensor], name: str
+) -> None:
+    """Write a parameter's new value into what is left of the stored tensor that it is a part of."""
+    if not isinstance(source, Taken):
+        source.write(value, {name: buffer})
+        return
+    places = source.places()
+    order = sorted(range(len(places)), key=lambda axis: places[axis][0])
+    at = [torch.searchsorted(left[stored], indices) for stored, indices in (places[axis] for axis in order)]
+    buffer[torch.meshgrid(*at, indexing="ij")] = value.permute(order).to(buffer.dtype)
 
 
 def family_layout(model: PreTrainedModel, path: str, experts: nn.Module) -> dict[str, torch.Tensor]:

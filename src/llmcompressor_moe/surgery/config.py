@@ -18,7 +18,14 @@ from llmcompressor_moe.compat.transformers.per_layer import (
 from llmcompressor_moe.families import MTP_COUNTS, MTP_SWITCHES
 from llmcompressor_moe.topology import expert_count_attributes, text_config
 
-__all__ = ["describe_layers", "keep_blocks", "per_layer_overrides", "set_expert_count", "switch_off_mtp"]
+__all__ = [
+    "describe_layers",
+    "describe_widths",
+    "keep_blocks",
+    "per_layer_overrides",
+    "set_expert_count",
+    "switch_off_mtp",
+]
 
 # Lists of block indices (every other list with one entry per block is a list of per-block values).
 _INDEX_LISTS = {"mlp_only_layers", "moe_layers", "attention_layers", "full_attn_idxs", "attn_layer_indices"}
@@ -127,6 +134,29 @@ def describe_layers(config: PreTrainedConfig, expert_counts: Mapping[int, int | 
     if overrides:
         # The rest of a loaded model (load balancing, generation) may read the global value.
         allow_global_access(config)
+
+
+def describe_widths(config: PreTrainedConfig, fields: Mapping[int, Mapping[str, int]]) -> None:
+    """Write widths of experts into the text config, in place.
+
+    The same for all layers are plain fields; otherwise ``per_layer_config`` names the layers that differ from what
+    the config says.
+
+    :param fields: block index -> field -> value, for every MoE layer; empty for a layer that stays as it is
+    """
+    config = text_config(config)
+    first = next(iter(fields.values()))
+    if all(layer == first for layer in fields.values()):
+        for name, value in first.items():
+            setattr(config, name, value)
+        return
+    overrides = per_layer_overrides(config)
+    for index, layer in fields.items():
+        if layer:
+            overrides.setdefault(index, {}).update(layer)
+    config.per_layer_config = dict(sorted(overrides.items()))
+    # The rest of a loaded model may read the general value.
+    allow_global_access(config)
 
 
 def set_expert_count(config: PreTrainedConfig, count: int) -> None:

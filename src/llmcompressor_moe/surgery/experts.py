@@ -10,9 +10,10 @@ from compressed_tensors.offload import align_module_device
 from torch import nn
 
 from llmcompressor_moe.checkpoint.cache import take
+from llmcompressor_moe.checkpoint.opened import opened_module
 from llmcompressor_moe.topology import MoELayer, expert_modules
 
-__all__ = ["keep_experts"]
+__all__ = ["keep_experts", "select"]
 
 # Plain integers that modules derive from the expert count.
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts", "out_features")
@@ -38,7 +39,7 @@ def keep_experts(model: nn.Module, moe: MoELayer, kept: Sequence[int]) -> None:
         )
     experts = model.get_submodule(moe.experts)
     for holder, name, axis in list(_per_expert_tensors(model, moe)):
-        _select(holder, name, axis, kept)
+        select(holder, name, axis, kept)
     modules = expert_modules(experts)
     others = {name: child for name, child in experts._modules.items() if child not in modules}
     experts._modules = OrderedDict((str(new), modules[old]) for new, old in enumerate(kept))
@@ -84,7 +85,11 @@ def _expert_axis(tensor: torch.Tensor, num_experts: int, is_router: bool) -> int
     return next((axis for axis, size in enumerate(tensor.shape) if size == num_experts), None)
 
 
-def _select(holder: nn.Module, name: str, axis: int, kept: Sequence[int]) -> None:
+def select(holder: nn.Module, name: str, axis: int, kept: Sequence[int]) -> None:
+    """Keep some entries of an axis of a module's parameter or buffer, wherever it is kept."""
+    origin = opened_module(holder)
+    if origin is not None:
+        origin.note_cut(name, axis, kept)
     if take(holder, name, axis, kept):
         return
     with align_module_device(holder):

@@ -17,7 +17,12 @@ from llmcompressor_moe.compat.llmcompressor.linear_experts import (
     restore_checkpoint_names,
     was_fused,
 )
-from llmcompressor_moe.topology import expert_count_attributes, expert_modules, text_config
+from llmcompressor_moe.topology import (
+    expert_count_attributes,
+    expert_modules,
+    expert_width_attributes,
+    text_config,
+)
 
 __all__ = ["empty_fused", "fused_experts", "has_quantized_experts", "repack_experts"]
 
@@ -64,9 +69,13 @@ def empty_fused(experts: LinearExperts2D, fused_cls: type[nn.Module], config: Pr
     :param fused_cls: its class
     :param config: of the text model
     """
-    counts = {name: len(expert_modules(experts)) for name in expert_count_attributes(config)}
+    modules = expert_modules(experts)
+    values = {name: len(modules) for name in expert_count_attributes(config)}
+    if config.is_heterogeneous:
+        # What the config says in general may be another layer's.
+        values |= {name: modules[0].down_proj.in_features for name in expert_width_attributes(config)}
     with torch.device("meta"):
-        empty = fused_cls(_with_values(config_of(experts, config), counts))
+        empty = fused_cls(_with_values(config_of(experts, config), values))
     # Upstream's split reads these; the decorator of transformers sets them on most families, but not on all.
     for flag in ("is_transposed", "has_bias"):
         setattr(empty, flag, getattr(type(experts), flag))
