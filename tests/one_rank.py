@@ -18,8 +18,11 @@ from llmcompressor_moe import (
     RouterCalibrationModifier,
     open_moe,
 )
+from llmcompressor_moe.profile.changes import WithoutExperts
+from llmcompressor_moe.profile.variants import Variant, divergence_of
 from llmcompressor_moe.quantization.planner import Planner, QuantSettings
 from llmcompressor_moe.quantization.schemes import resolve_schemes
+from llmcompressor_moe.surgery.experts import routing_parts
 from llmcompressor_moe.surgery.session import TrimSession
 
 
@@ -42,6 +45,17 @@ def plan_of(base: Path, ids: torch.Tensor) -> dict:
     decided = Planner(session, settings).plan(batches, set())
     layers = {index: plan.model_dump() for index, plan in decided["layers"].items()}
     return {"layers": layers, "calibration": decided["calibration"]}
+
+
+def curves_of(base: Path, ids: torch.Tensor) -> dict:
+    """What the output loses with the first experts of each layer."""
+    session = TrimSession.begin(linearize_moe(support.load(base)))
+    variants = [
+        Variant(layer, WithoutExperts(routing_parts(session.model, session.layer(layer)), range(3, 8)))
+        for layer in session.layers
+    ]
+    nats, tokens = divergence_of(session.model, [{"input_ids": row[None]} for row in ids], variants)
+    return {"nats": nats, "tokens": tokens}
 
 
 def calibrated(base: Path, ids: torch.Tensor) -> dict:
@@ -77,7 +91,9 @@ def opened(base: Path, ids: torch.Tensor, out: Path) -> None:
 
 
 def main(base: Path, out: Path, kind: str) -> None:
-    """Trim the model, or write what a rank would ``plan`` or ``calibrate`` to OUT-RANK.json."""
+    """Trim the model, or write what a rank would ``plan``, ``calibrate`` or measure (``curves``) to
+    OUT-RANK.json.
+    """
     ids, rank = support.token_ids(), 0
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -89,7 +105,7 @@ def main(base: Path, out: Path, kind: str) -> None:
         opened(base, ids, Path(f"{out}-opened"))
     else:
         # On a CPU upstream shares weights between ranks in memory that it lays out itself; the plan needs none.
-        found = plan_of(base, ids) if kind == "plan" else calibrated(base, ids)
+        found = {"plan": plan_of, "calibrate": calibrated, "curves": curves_of}[kind](base, ids)
         Path(f"{out}-{rank}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -67,6 +67,18 @@ def test_drops_take_the_memory_of_a_block_an_expert_and_the_hidden_states(tmp_pa
     assert found.reads == whole + found.output
 
 
+def test_curves_read_the_weights_once_and_keep_the_hidden_states_of_all_variants(tmp_path: Path) -> None:
+    plain = estimate(tmp_path, DROP, max_memory=0)
+    found = estimate(tmp_path, DROP.replace("}", ", scope: sensitivity}"), max_memory=0)
+    assert found.reads - plain.reads == SHAPE.stored
+    # Four variants of each of 16 layers see what eight passes allow: 1 + 4 * 16 * 17 / 32 passes for all samples.
+    measured = 65536 * 8 / 35
+    waiting = 65 * measured * (2048 + 2 * 128) * 4
+    assert found.scratch - plain.scratch == pytest.approx(waiting - 65536 * (2048 + 2 * 128) * 4, rel=1e-3)
+    logits = 2 * 512 * 50304 * 4
+    assert found.memory - plain.memory == logits
+
+
 def test_what_does_not_fit_in_memory_waits_in_scratch(tmp_path: Path) -> None:
     roomy, tight = estimate(tmp_path, DROP), estimate(tmp_path, DROP, max_memory=100_000_000)
     assert roomy.memory - tight.memory == tight.scratch - roomy.scratch > 0
@@ -92,6 +104,8 @@ def test_quantizing_takes_scratch_for_what_changes(tmp_path: Path) -> None:
         (["LayerDropModifier: {num_drop: 1, metric: kl}"], 9),
         (["ExpertDropModifier: {experts: {1: [0]}}"], 0),
         (["LayerDropModifier: {threshold: 0.99}"], 1),
+        ([DROP.replace("}", ", scope: sensitivity}")], 9),
+        ([DROP.replace("}", ", scope: sensitivity}").replace("reap", "weight_norm")], 8),
     ],
 )
 def test_passes(modifiers: list[str], passes: int, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from typing_extensions import Self
 
 __all__ = [
+    "DropCurves",
     "DropReport",
     "ModifierReport",
     "PlanFileError",
@@ -103,17 +104,36 @@ class ModifierReport(BaseModel):
                 )
 
 
+class DropCurves(BaseModel):
+    """What each MoE layer's experts are worth, measured with that layer cut alone.
+
+    :param nats: block index -> (experts dropped, mean over tokens of KL(intact || cut) in nats), fewest first
+    :param predicted: nats that the chosen cut costs if damages of layers add up
+    :param samples: behind the curves
+    :param tokens: behind the curves, padding left out
+    :param passes: through all blocks over all of the calibration data, that measuring took
+    """
+
+    nats: dict[int, list[tuple[int, float]]]
+    predicted: float
+    samples: int
+    tokens: int
+    passes: float
+
+
 class DropReport(ModifierReport):
     """Report of one drop: what was scored, what went, what stayed.
 
     :param scores: block index -> score, or -> one score per expert; null where there is none
     :param dropped: block indices, or block index -> dropped experts
     :param kept: the same for what stays
+    :param curves: behind a choice with ``scope="sensitivity"``
     """
 
     scores: dict[int, float | list[float | None] | None]
     dropped: list[int] | dict[int, list[int]]
     kept: list[int] | dict[int, list[int]]
+    curves: DropCurves | None = None
 
     def check_drops(self, kind: type) -> None:
         """Make sure that ``dropped``, edited by hand perhaps, names something, each only once.

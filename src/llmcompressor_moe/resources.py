@@ -20,6 +20,8 @@ from llmcompressor_moe.check.expected import build_meta, model_class
 from llmcompressor_moe.criteria import part_metric
 from llmcompressor_moe.forecast import ForecastError, forecast
 from llmcompressor_moe.inspection import ModelInspection, inspect_model, read_config
+from llmcompressor_moe.modifiers.damage_curves import measured_share
+from llmcompressor_moe.modifiers.expert_drop import ExpertDropModifier
 from llmcompressor_moe.modifiers.expert_width import ExpertWidthModifier
 from llmcompressor_moe.modifiers.part_drop import PartDropModifier
 from llmcompressor_moe.modifiers.quality_gate import QualityGateModifier
@@ -28,6 +30,7 @@ from llmcompressor_moe.modifiers.router_calibration import RouterCalibrationModi
 from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.parts import EXPERTS, block_of, part_of
 from llmcompressor_moe.profile.computing import available_memory
+from llmcompressor_moe.profile.variants import passes_of
 from llmcompressor_moe.sizes import bytes_text
 from llmcompressor_moe.topology import find_topology, text_config
 
@@ -56,6 +59,8 @@ _GATE_PASSES = 2
 # A few cores compute so much in float32 while a disk reads a byte.
 _FLOPS_PER_BYTE = 40
 _GATE_WINDOW = 2048
+# Counts at which `counts.counts_to_measure` has each layer cut, at most.
+_CURVE_POINTS = 4
 
 
 class NotEnoughSpaceError(ValueError):
@@ -231,8 +236,14 @@ def estimate_resources(
     in_wave += round(together * min(1, _SKEW * shape.expert_share)) * size * in_expert
     expert = shape.expert_weights * (4 * _DECODING_COPIES if shape.quantized else size)
     logits = _GATE_WINDOW * shape.vocabulary * 4 if gated else 0
+    curves = _curves(modifiers, shape, tokens)
+    if curves.number:
+        # Of a sample and of one variant.
+        logits = max(logits, 2 * tokens // max(samples, 1) * shape.vocabulary * size)
+        all_waiting = max(all_waiting, curves.tokens * (shape.hidden + 2 * shape.head_dim) * size)
     output, at_most = _output(path, shape, recipe, requantize)
-    passes = _passes(modifiers, shape, samples) + (_GATE_PASSES if gated else 0)
+    others = _passes(modifiers, shape, samples) + (_GATE_PASSES if gated else 0)
+    passes = others + round(curves.passes)
     return ResourceEstimate(
         memory=IMPORTS + shape.block_weights * size + expert + in_wave + min(all_waiting, limit) + logits,
         scratch=max(0, all_waiting - limit)
@@ -241,7 +252,7 @@ def estimate_resources(
         output=output,
         output_at_most=at_most,
         # Writing reads what it copies.
-        reads=passes * shape.stored + min(output, shape.stored),
+        reads=(others + curves.number) * shape.stored + min(output, shape.stored),
         passes=passes,
         pass_work=shape.stored + round(2 * tokens * shape.active_weights / _FLOPS_PER_BYTE),
     )
@@ -307,7 +318,7 @@ def _passes(modifiers: list[Modifier], shape: ModelShape, samples: int) -> int:
 
 def _trim_passes(modifier: TrimModifier, shape: ModelShape, shared: bool) -> float:
     if not isinstance(modifier, PartDropModifier):
-        return 0 if shared else 1
+        return 0 if shared or not modifier._statistics() else 1
     parts = shape.moe_layers if modifier._part() == "layer" else shape.blocks
     rounds = 1
     if modifier.search == "greedy":
@@ -316,6 +327,35 @@ def _trim_passes(modifier: TrimModifier, shape: ModelShape, shared: bool) -> flo
         return rounds - shared
     # Each part is left out once, from its block on.
     return rounds * (1 + parts / 2)
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """What measuring damage curves takes beside the passes for statistics.
+
+    :param number: how often they are measured; each time the weights are read once
+    :param passes: that all of them compute as much as
+    :param tokens: whose hidden states wait at the end of one, each variant's counted
+    """
+
+    number: int = 0
+    passes: float = 0.0
+    tokens: int = 0
+
+
+def _curves(modifiers: list[Modifier], shape: ModelShape, tokens: int) -> _Curves:
+    number = sum(
+        isinstance(m, ExpertDropModifier) and m.scope == "sensitivity" and m._needs_data() for m in modifiers
+    )
+    if not number or not tokens:
+        return _Curves()
+    changed = [*range(shape.blocks - shape.moe_layers, shape.blocks)] * _CURVE_POINTS
+    share = measured_share(changed, shape.blocks, tokens)
+    return _Curves(
+        number,
+        number * share * passes_of(changed, shape.blocks),
+        round(share * tokens) * (1 + len(changed)),
+    )
 
 
 def _snapshots(modifiers: list[Modifier], shape: ModelShape, tokens: int, size: int) -> int:

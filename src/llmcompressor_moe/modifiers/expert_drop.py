@@ -12,13 +12,15 @@ from loguru import logger
 from pydantic import model_validator
 from torch import nn
 
+from llmcompressor_moe.counts import allowed_counts, possible_total
 from llmcompressor_moe.criteria import expert_criterion
 from llmcompressor_moe.criteria.experts import ScoreInput
 from llmcompressor_moe.families import exception_for
+from llmcompressor_moe.modifiers.damage_curves import Wanted, choose_by_damage
 from llmcompressor_moe.modifiers.trim import TrimModifier
 from llmcompressor_moe.plan import ExpertRoom, amount_of, experts_to_drop
 from llmcompressor_moe.profile import Profile, Statistic
-from llmcompressor_moe.report import DropReport
+from llmcompressor_moe.report import DropCurves, DropReport
 from llmcompressor_moe.surgery.config import set_expert_count
 from llmcompressor_moe.surgery.session import TrimSession
 
@@ -29,24 +31,30 @@ class ExpertDropModifier(TrimModifier):
     """Drops routed experts (arXiv 2406.02500, Expert Drop); shared experts stay.
 
     The lowest-scoring experts go, with their rows in the router and in every other per-expert tensor. The
-    same number in every layer (``scope="layer"``) gives a plain checkpoint; ``scope="global"`` compares all
-    layers with each other and writes ``per_layer_config``. Takes exactly one of ``num_drop``, ``drop_ratio``,
-    ``experts`` and ``plan_path``.
+    same number in every layer (``scope="layer"``) gives a plain checkpoint; the other two scopes write
+    ``per_layer_config``. Takes exactly one of ``num_drop``, ``drop_ratio``, ``experts`` and ``plan_path``.
+
+    ``scope="global"`` pools the scores of all layers. ``scope="sensitivity"`` measures what layers are worth in
+    one unit: KL(intact model || model with some of one layer's experts gone) of the output, in nats per token, at
+    up to four counts per layer; and chooses the counts with the least sum. It takes a second pass over some of the
+    calibration data, which costs at most 8 bare passes over all of it; ``curves`` of the report say what it found.
 
     Sample YAML::
 
         ExpertDropModifier:
           num_drop: 2
           criterion: router_score
-          scope: global
+          scope: sensitivity
           min_experts: 4
 
-    :param num_drop: experts to drop per layer (their mean, in global scope)
+    :param num_drop: experts to drop per layer (their mean, where layers may differ)
     :param drop_ratio: share of each layer's experts that goes, rounded down
     :param experts: block index -> experts that go; needs no data
     :param criterion: router_score, frequency, reap, output_norm, weight_norm, redundancy or random
-    :param scope: ``layer`` or ``global``
+    :param scope: ``layer``, ``global`` or ``sensitivity``
     :param min_experts: fewest experts per layer; never under what the router has to choose
+    :param round_to: the number of experts that a layer keeps is a multiple of this (expert parallelism needs one);
+        fewer are dropped where the amount does not come out even. Protected layers keep what they have
     :param protect: blocks whose experts all stay
     """
 
@@ -54,8 +62,9 @@ class ExpertDropModifier(TrimModifier):
     drop_ratio: float | None = None
     experts: dict[int, list[int]] | None = None
     criterion: str = "router_score"
-    scope: Literal["layer", "global"] = "layer"
+    scope: Literal["layer", "global", "sensitivity"] = "layer"
     min_experts: int | None = None
+    round_to: int | None = None
 
     cuts_before_the_pass: ClassVar[bool] = False
     plan_kind: ClassVar[type] = dict
@@ -69,6 +78,7 @@ class ExpertDropModifier(TrimModifier):
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1.")
         if self.min_experts is not None and self.min_experts < 1:
             raise ValueError(f"min_experts={self.min_experts} must be at least 1.")
+        self._check_round_to()
         for layer, experts in (self.experts or {}).items():
             if not experts or len(set(experts)) != len(experts):
                 raise ValueError(f"experts[{layer}]={experts} must name at least one expert, each only once.")
@@ -78,15 +88,29 @@ class ExpertDropModifier(TrimModifier):
             raise ValueError("experts={} names no expert.")
         return self
 
+    def _check_round_to(self) -> None:
+        if self.round_to is None:
+            return
+        if self.round_to < 1:
+            raise ValueError(f"round_to={self.round_to} must be at least 1.")
+        if self.num_drop is None and self.drop_ratio is None:
+            raise ValueError(
+                f"round_to={self.round_to} rounds amounts, and this ExpertDropModifier names the experts: "
+                "leave it out, or give num_drop or drop_ratio."
+            )
+        if self.scope == "global":
+            raise ValueError(
+                f"round_to={self.round_to} does not go with scope='global': use scope='sensitivity' or "
+                "scope='layer'."
+            )
+
     def _amount_fields(self) -> tuple[str, ...]:
         return ("num_drop", "drop_ratio", "experts", "plan_path")
 
     def _needs_data(self) -> bool:
-        return (
-            self.experts is None
-            and self.plan_path is None
-            and bool(expert_criterion(self.criterion).statistics)
-        )
+        if self.experts is not None or self.plan_path is not None:
+            return False
+        return self.scope == "sensitivity" or bool(expert_criterion(self.criterion).statistics)
 
     def _statistics(self) -> set[Statistic]:
         return set(expert_criterion(self.criterion).statistics) if self._needs_data() else set()
@@ -157,8 +181,10 @@ class ExpertDropModifier(TrimModifier):
         for layer in layers:
             count = self._session.layer(layer).num_experts
             amount_of(self.num_drop, self.drop_ratio, count, f"experts of layer {layer}")
-        equal = {layer: [0.0] * room.num_experts for layer, room in rooms.items()}
-        self._choose(equal, rooms)
+        if self.scope == "sensitivity":
+            self._wanted(rooms)
+        else:
+            self._choose({layer: [0.0] * room.num_experts for layer, room in rooms.items()}, rooms)
 
     def _is_uniform(self, named: dict[int, list[int]] | None) -> bool:
         """Whether every layer is left with the same number of experts."""
@@ -183,8 +209,39 @@ class ExpertDropModifier(TrimModifier):
             return experts_to_drop(scores, rooms, 0, "global", total=sum(per_layer.values()))
         chosen: dict[int, list[int]] = {}
         for layer, count in per_layer.items():
-            chosen |= experts_to_drop({layer: scores[layer]}, {layer: rooms[layer]}, count, "layer")
+            room = rooms[layer]
+            if self.round_to is not None and room.num_experts - count >= room.floor:
+                count = self._rounded(count, layer, room)
+            chosen |= experts_to_drop({layer: scores[layer]}, {layer: room}, count, "layer")
         return chosen
+
+    def _rounded(self, count: int, layer: int, room: ExpertRoom) -> int:
+        """The most that layer scope may drop, up to ``count``."""
+        counts = [allowed for allowed in allowed_counts(room, self.round_to) if 0 < allowed <= count]
+        if not counts:
+            raise ValueError(
+                f"round_to={self.round_to}: layer {layer} has {room.num_experts} experts, needs {room.floor} and "
+                f"is to lose {count} at most, and nothing in between is a multiple: drop more, or lower round_to."
+            )
+        return counts[-1]
+
+    def _wanted(self, rooms: dict[int, ExpertRoom]) -> Wanted:
+        """What sensitivity scope chooses among; whether it fits does not depend on the scores."""
+        amounts = {layer: self._amount(room.num_experts, layer) for layer, room in rooms.items()}
+        allowed = {layer: allowed_counts(room, self.round_to) for layer, room in rooms.items()}
+        asked = sum(amounts.values())
+        total = possible_total(allowed, asked)
+        if self.round_to is None and total != asked:
+            # Floors or groups: global scope stands before the same ones, and says so.
+            experts_to_drop(
+                {layer: [0.0] * room.num_experts for layer, room in rooms.items()}, rooms, 0, "global", asked
+            )
+        if not total:
+            raise ValueError(
+                f"round_to={self.round_to}: at most {asked} experts are to be dropped in all, and no choice that "
+                "leaves every layer a multiple of it drops so few: drop more, or lower round_to or min_experts."
+            )
+        return Wanted(rooms, allowed, amounts, total)
 
     def _amount(self, num_experts: int, layer: int) -> int:
         return amount_of(self.num_drop, self.drop_ratio, num_experts, f"experts of layer {layer}")
@@ -199,15 +256,18 @@ class ExpertDropModifier(TrimModifier):
         profile = self._profile() if criterion.statistics else None
         scores = {layer: self._scores(layer, profile) for layer in self._session.layers}
         self._warn_of_unseen(profile)
-        layers = self._layers()
-        positions = self._choose(
-            {layer: scores[layer] for layer in layers}, {layer: self._room(layer) for layer in layers}
-        )
+        rooms = {layer: self._room(layer) for layer in self._layers()}
+        ours = {layer: scores[layer] for layer in rooms}
+        curves = None
+        if self.scope == "sensitivity":
+            positions, curves = choose_by_damage(self._session, self._batches, ours, self._wanted(rooms))
+        else:
+            positions = self._choose(ours, rooms)
         ids = {layer: self._session.expert_ids(layer) for layer in positions}
         dropped = {
             layer: sorted(ids[layer][position] for position in chosen) for layer, chosen in positions.items()
         }
-        return self._report_of(scores, dropped, profile)
+        return self._report_of(scores, dropped, profile, curves)
 
     def _scores(self, layer: int, profile: Profile | None) -> list[float | None]:
         """One score per expert that the layer has now."""
@@ -241,7 +301,11 @@ class ExpertDropModifier(TrimModifier):
             )
 
     def _report_of(
-        self, scores: dict[int, Any], dropped: dict[int, list[int]], profile: Profile | None
+        self,
+        scores: dict[int, Any],
+        dropped: dict[int, list[int]],
+        profile: Profile | None,
+        curves: DropCurves | None = None,
     ) -> DropReport:
         session = self._session
         all_scores: dict[int, Any] = {}
@@ -252,7 +316,11 @@ class ExpertDropModifier(TrimModifier):
             count = session.topology.moe_layers[layer].num_experts
             all_scores[layer] = [by_id.get(expert) for expert in range(count)]
             kept[layer] = [expert for expert in ids if expert not in dropped.get(layer, [])]
-        return self._new_report(all_scores, dropped, kept, profile)
+        report = self._new_report(all_scores, dropped, kept, profile)
+        report.curves = curves
+        if curves is not None and profile is None:
+            report.calibration = {"tokens": curves.tokens, "samples": curves.samples}
+        return report
 
     def _cut(self, dropped: dict[int, list[int]], state: State) -> None:
         for layer, experts in dropped.items():

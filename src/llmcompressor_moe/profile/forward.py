@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.compat.compressed_tensors import is_offloaded
 from llmcompressor_moe.compat.llmcompressor.lm_head import lm_head_in_place
-from llmcompressor_moe.profile.lockstep import Snapshot, run_lockstep
+from llmcompressor_moe.profile.lockstep import Fork, Snapshot, run_lockstep
 
 __all__ = [
     "batch_mask",
@@ -58,6 +58,8 @@ def run_batches(
     on_block_done: Callable[[int, Snapshot], None] | None = None,
     start_block: int = 0,
     resume: Mapping[int, Any] | None = None,
+    forks: Sequence[Fork] = (),
+    share: float = 1.0,
 ) -> None:
     """One forward pass over ``batches``, block by block, that stops before the LM head; see `lockstep`.
 
@@ -84,6 +86,8 @@ def run_batches(
             on_block_done=on_block_done,
             start_block=start_block,
             resume=resume,
+            forks=forks,
+            share=share,
         )
 
 

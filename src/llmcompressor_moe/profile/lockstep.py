@@ -4,16 +4,20 @@ Each batch runs the model's own forward in a coroutine of its own (a greenlet, b
 to know of it) that pauses where a block begins, and where a block's routed experts begin. So the weights of a
 block are read once for all batches, each expert sees the tokens of all of them at once, and everything else
 (masks, several residual streams, states that blocks hand on) is the model's own business.
+
+A run can fork: where a batch enters a block, other runs begin with the same hidden states, compute something else
+in that block, and go on beside it. So one pass tells what many changes, each alone, do to the model's output.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,11 @@ from compressed_tensors.quantization import QuantizationStrategy
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_linearized_moes, get_non_linearized_moes
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.checkpoint.cache import read_ahead
+from llmcompressor_moe.profile.changes import Change
 from llmcompressor_moe.profile.computing import (
     ComputedModules,
     available_memory,
@@ -41,7 +47,7 @@ from llmcompressor_moe.progress import progress
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through
 from llmcompressor_moe.topology import NotAnMoEError, expert_modules, find_topology, text_config
 
-__all__ = ["Snapshot", "run_lockstep"]
+__all__ = ["Fork", "Snapshot", "run_lockstep"]
 
 Batch = dict[str, Any]
 # batch -> what the block gave for it
@@ -49,6 +55,20 @@ Snapshot = Callable[[], dict[int, Any]]
 
 # Hidden states, residual, attention's three inputs and its output; the feed-forward has let go of some of them.
 _COPIES = 6
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A run that begins where a batch enters a block, with the same hidden states, and ends at the LM head.
+
+    :param batch: index of the batch
+    :param block: position of the block in the stack
+    :param change: what it computes differently in this block; nothing else differs
+    """
+
+    batch: int
+    block: int
+    change: Change
 
 
 def run_lockstep(
@@ -62,6 +82,8 @@ def run_lockstep(
     on_block_done: Callable[[int, Snapshot], None] | None = None,
     start_block: int = 0,
     resume: Mapping[int, Any] | None = None,
+    forks: Sequence[Fork] = (),
+    share: float = 1.0,
     compute_dtype: torch.dtype | None = None,
     wave_tokens: int | None = None,
     max_memory: int | None = None,
@@ -77,17 +99,22 @@ def run_lockstep(
     :param on_batch: called with a batch's index and the batch before the model, or each of its parts, sees it
     :param on_wave: called with the indices of batches whose tokens the same experts see next, in their order
     :param on_logits: called with a batch's index and its logits [batch, sequence, vocabulary]; without it the
-        LM head does not run
+        LM head does not run. A fork's index follows those of the batches and of the forks before it; a batch comes
+        first, its forks follow before the next batch
     :param on_block_done: called with a block's index when all batches have passed it, and with a function that
         gives what the block returned for each of them: tensors of the model itself that hold until the callback
         returns, so copy what is kept
     :param start_block: blocks before it do not run; they hand their input on
     :param resume: batch -> what the block before ``start_block`` returned for it
-    :raises ValueError: ``start_block`` without ``resume``
+    :param forks: none of a block before ``start_block``; of the callbacks only ``on_logits`` is called for them
+    :param share: of the calibration data, that the batches are
+    :raises ValueError: ``start_block`` without ``resume``, or forks while somebody watches experts
     """
     options = current_options()
     if start_block and resume is None:
         raise ValueError(f"start_block={start_block} needs resume: what block {start_block - 1} returned.")
+    if forks and on_wave is not None:
+        raise ValueError("on_wave with forks: experts see tokens of batches and forks together.")
     if not batches:
         return
     device = torch.device(get_execution_device(model))
@@ -99,14 +126,15 @@ def run_lockstep(
     on_device = host if device.type == "cpu" else min(host, available_memory(device) // 2)
     events = _Events(on_batch, on_wave, on_logits, on_block_done)
     start = _Start(start_block, resume or {}, device)
+    blocks = len(parts.blocks)
     wave = wave_tokens or options.wave_tokens or _wave_tokens(model, parts, device)
-    total = (len(parts.blocks) - start_block) * len(batches)
+    total = (blocks - start_block) * len(batches) + sum(blocks - fork.block for fork in forks)
     with (
         torch.no_grad(),
         Waiting(device, on_device, host, scratch or options.scratch) as waiting,
-        progress(total, description, passes=1 - start_block / len(parts.blocks)) as advance,
+        progress(total, description, passes=share * total / (blocks * len(batches))) as advance,
     ):
-        _Lockstep(model, batches, parts, events, start, wave, waiting, advance).run()
+        _Lockstep(model, batches, forks, parts, events, start, wave, waiting, advance).run()
 
 
 @dataclass(frozen=True)
@@ -157,11 +185,16 @@ class _AtExperts:
 
 @dataclass(eq=False)
 class _Run:
-    """One batch on its way.
+    """One batch on its way, or a fork of it.
 
     :param tokens: padding included
+    :param fork: of what it is one; None for a batch itself
+    :param forks: runs that begin where this one enters a block
+    :param handed: blocks that do not run for it; they hand their input on, and the last gives ``entering``
+    :param passed: blocks that it has left
     :param at: where it waits; None before the start and after the end
     :param inside: whether it is inside a block
+    :param change: of the block that it is inside of
     :param output: what the last block it left returned
     """
 
@@ -169,8 +202,14 @@ class _Run:
     batch: Batch
     tokens: int
     greenlet: greenlet.greenlet
+    fork: Fork | None = None
+    forks: list[_Run] = field(default_factory=list)
+    handed: list[int] = field(default_factory=list)
+    entering: Callable[[], Any] | None = None
+    passed: list[int] = field(default_factory=list)
     at: _AtStation | _AtExperts | None = None
     inside: bool = False
+    change: Change | None = None
     output: Any = None
 
 
@@ -223,6 +262,7 @@ class _Lockstep:
         self,
         model: PreTrainedModel,
         batches: Sequence[Batch],
+        forks: Sequence[Fork],
         parts: _Parts,
         events: _Events,
         start: _Start,
@@ -230,15 +270,19 @@ class _Lockstep:
         waiting: Waiting,
         advance: Callable[[int], Any],
     ) -> None:
-        self._model, self._parts, self._events, self._start = model, parts, events, start
+        self._model, self._parts, self._events = model, parts, events
         self._wave_tokens, self._waiting, self._advance = wave_tokens, waiting, advance
         self._scheduler = greenlet.getcurrent()
         self._running: _Run | None = None
         self._passed: Counter[int] = Counter()
         self._experts_forward: dict[nn.Module, Callable[..., torch.Tensor]] = {}
-        self._runs = [
-            _Run(index, batch, _tokens(batch), self._coroutine(batch)) for index, batch in enumerate(batches)
-        ]
+        self._bases = [self._base(index, batch, start) for index, batch in enumerate(batches)]
+        for number, fork in enumerate(forks):
+            base = self._bases[fork.batch]
+            run = _Run(len(batches) + number, base.batch, base.tokens, self._coroutine(base.batch), fork=fork)
+            base.forks.append(run)
+        # In the order in which logits come.
+        self._runs = [run for base in self._bases for run in (base, *base.forks)]
 
     def run(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -246,7 +290,7 @@ class _Lockstep:
             for outside in self._parts.outside:
                 stack.enter_context(outside)
             stack.callback(self._abandon)
-            for run in self._runs:
+            for run in self._bases:
                 self._resume(run)
             while waiting := [run for run in self._runs if run.at is not None]:
                 counts = Counter(run.at.position for run in waiting)
@@ -272,8 +316,8 @@ class _Lockstep:
                     experts = here[0].at.experts
                     self._route([run for run in here if run.at.experts is experts])
                 self._advance(len(wave))
-        if self._events.on_block_done is not None and self._passed[position] >= len(self._runs):
-            self._events.on_block_done(position, lambda: {run.index: run.output for run in self._runs})
+        if self._events.on_block_done is not None and self._passed[position] >= len(self._bases):
+            self._events.on_block_done(position, lambda: {run.index: run.output for run in self._bases})
 
     def _route(self, runs: list[_Run]) -> None:
         """Let experts see the tokens of all these batches at once, and give each batch its share."""
@@ -298,6 +342,13 @@ class _Lockstep:
         parts = output.view(count, -1, output.shape[-1]).split([view.shape[1] for view in views], dim=1)
         return [part.flatten(0, 1) for part in parts]
 
+    def _base(self, index: int, batch: Batch, start: _Start) -> _Run:
+        run = _Run(index, batch, _tokens(batch), self._coroutine(batch))
+        if start.block:
+            run.handed = list(range(start.block))
+            run.entering = lambda: send_tensors(start.resume[index], start.device)
+        return run
+
     def _coroutine(self, batch: Batch) -> greenlet.greenlet:
         def forward(_: None) -> Any:
             try:
@@ -310,7 +361,7 @@ class _Lockstep:
         return coroutine
 
     def _resume(self, run: _Run, value: Any = None) -> None:
-        if self._events.on_batch is not None:
+        if self._events.on_batch is not None and run.fork is None:
             self._events.on_batch(run.index, run.batch)
         if isinstance(run.at, _AtStation):
             self._waiting.take(run.index)
@@ -322,9 +373,21 @@ class _Lockstep:
         if not run.greenlet.dead:
             run.at = found
             if isinstance(found, _AtStation):
+                self._begin_forks(run, found.position)
                 self._waiting.put(run.index, self._movable(run, found))
-        elif self._events.on_logits is not None:
+            return
+        if run.fork is not None:
+            run.output = None
+        if self._events.on_logits is not None:
             self._events.on_logits(run.index, found.logits)
+
+    def _begin_forks(self, run: _Run, position: int) -> None:
+        """Forks of this block start with copies: some blocks work on their input in place."""
+        for other in run.forks:
+            if other.fork.block == position:
+                other.handed = [*run.handed, *run.passed]
+                other.entering = functools.partial(tree_map_only, torch.Tensor, torch.clone, run.output)
+                self._resume(other)
 
     def _movable(self, run: _Run, at: _AtStation) -> list[torch.Tensor]:
         given = {id(value) for value in tensors_in(run.batch)}
@@ -346,7 +409,7 @@ class _Lockstep:
         for experts in parts.experts:
             own = self._experts_forward[experts] = _unwatched(experts, experts.forward)
             alone = any(map(_rounds_tokens_together, experts.modules()))
-            stack.enter_context(bypassed(experts, own if alone else self._pausing_experts(experts, own)))
+            stack.enter_context(bypassed(experts, self._pausing_experts(experts, own, alone)))
         for expert, weights in parts.single_experts:
             stack.enter_context(bypassed(expert, _inside(weights, expert.forward)))
         for embedding in parts.embeddings:
@@ -355,32 +418,67 @@ class _Lockstep:
             stack.enter_context(bypassed(parts.head, self._head_forward(parts.head.forward)))
 
     def _block_forward(self, position: int, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-        start = self._start
-        hand_on = pass_through(block) if position < start.block else None
+        hand_on = functools.cache(lambda: pass_through(block))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             run = self._running
             if run is None or run.inside:
                 return own(*args, **kwargs)
-            if position == start.block - 1:
-                return send_tensors(start.resume[run.index], start.device)
-            if hand_on is not None:
-                return hand_on(*args, **kwargs)
+            if run.handed and position == run.handed[-1]:
+                run.output = run.entering()
+                run.entering = None
+                return run.output
+            if position in run.handed:
+                return hand_on()(*args, **kwargs)
             self._pause(_AtStation(position, (args, kwargs)))
             run.inside = True
-            run.output = own(*args, **kwargs)
+            run.output = self._through(run, position, block, own)(*args, **kwargs)
             run.inside = False
-            self._passed[position] += 1
+            run.passed.append(position)
+            self._passed[position] += run.fork is None
             return run.output
 
         return forward
 
-    def _pausing_experts(self, experts: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _through(
+        self, run: _Run, position: int, block: nn.Module, own: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The block as the run goes through it."""
+        if run.fork is None or position != run.fork.block:
+            return own
+        change = run.fork.change
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            run.change = change
+            change.enter()
+            try:
+                return change.forward(block, own)(*args, **kwargs)
+            finally:
+                change.leave()
+                run.change = None
+
+        return changed
+
+    def _pausing_experts(
+        self, experts: nn.Module, own: Callable[..., Any], alone: bool
+    ) -> Callable[..., Any]:
+        """
+        :param alone: whether these experts must not see the tokens of several runs together
+        """
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = _call(experts, args, kwargs)
-            if self._running is None or not self._running.inside or call is None:
+            run = self._running
+            if run is None or not run.inside:
                 return own(*args, **kwargs)
-            return self._pause(call)
+            if run.change is None:
+                call = None if alone else _call(experts, args, kwargs)
+                return own(*args, **kwargs) if call is None else self._pause(call)
+            inputs, back = run.change.at_experts(_inputs(experts, args, kwargs))
+            run.change.leave()
+            call = None if alone else _call(experts, inputs, {})
+            output = own(*inputs) if call is None else self._pause(call)
+            run.change.enter()
+            return back(output)
 
         return forward
 
@@ -435,18 +533,35 @@ def _rounds_tokens_together(module: nn.Module) -> bool:
     )
 
 
-def _call(experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _AtExperts | None:
+def _call(experts: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _AtExperts | None:
     """A call of experts that can be merged with others, None for any other one."""
-    rest = dict(kwargs)
-    values = [*args, *(rest.pop(name) for name in _ARGUMENTS[len(args) :] if name in rest)]
-    if rest or len(values) not in (1, 3) or not all(isinstance(value, torch.Tensor) for value in values):
-        return None
-    if any(value.ndim != 2 for value in values):
+    values = _arguments(args, kwargs)
+    if values is None or any(value.ndim != 2 for value in values):
         return None
     hidden, index, weights = values if len(values) == 3 else (*values, None, None)
     if index is not None and not len(hidden) == len(index) == len(weights):
         return None
     return _AtExperts(experts, hidden, index, weights)
+
+
+def _inputs(experts: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Arguments of a call of experts by a block that is changed."""
+    values = _arguments(args, kwargs)
+    if values is None:
+        raise TypeError(
+            f"{type(experts).__name__} is called with other arguments than {', '.join(_ARGUMENTS)}: what its "
+            "block does with fewer experts cannot be measured."
+        )
+    return values
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+    """Hidden states, or hidden states, indices and weights; None for any other arguments."""
+    rest = dict(kwargs)
+    values = [*args, *(rest.pop(name) for name in _ARGUMENTS[len(args) :] if name in rest)]
+    if rest or len(values) not in (1, 3) or not all(isinstance(value, torch.Tensor) for value in values):
+        return None
+    return values
 
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")

@@ -1,4 +1,4 @@
-"""Calibration batches that nothing is decided on."""
+"""Some of the calibration batches: those that nothing is decided on, those that something dear is measured on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["in_fixed_order", "split_held_out"]
+import torch
+
+__all__ = ["in_fixed_order", "some_samples", "split_held_out"]
 
 # Enough to judge by, little enough to hold.
 _TOKENS = 8192
@@ -33,6 +35,33 @@ def split_held_out(
 def in_fixed_order(batches: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Batches in an order that follows from what they hold, however a shuffling loader gives them."""
     return sorted(batches, key=_fingerprint)
+
+
+def some_samples(batches: Sequence[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Samples with a share of the tokens, each as a batch of its own: no more than that, but at least one sample
+    of those that are there.
+
+    Which they are follows from what they hold, not from the order in which a shuffling loader gives them.
+    """
+    every = in_fixed_order(row for batch in batches for row in _rows(batch))
+    room = share * sum(row["input_ids"].numel() for row in every) + 1e-6
+    taken: list[dict[str, Any]] = []
+    for row in every:
+        room -= row["input_ids"].numel()
+        if taken and room < 0:
+            break
+        taken.append(row)
+    return taken
+
+
+def _rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    count = len(batch["input_ids"])
+
+    def row(value: Any, index: int) -> Any:
+        per_row = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
+        return value[index : index + 1] if per_row else value
+
+    return [{name: row(value, index) for name, value in batch.items()} for index in range(count)]
 
 
 def _fingerprint(batch: dict[str, Any]) -> str:

@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from compressed_tensors.offload import align_module_device
+from compressed_tensors.offload import align_module_device, disable_onloading
 from torch import nn
 
 from llmcompressor_moe.checkpoint.cache import take
 from llmcompressor_moe.checkpoint.opened import opened_module
 from llmcompressor_moe.topology import MoELayer, expert_modules
 
-__all__ = ["keep_experts", "select"]
+__all__ = ["RoutingParts", "keep_experts", "routing_parts", "select", "shown_to_keep"]
 
 # Plain integers that modules derive from the expert count.
 _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts", "out_features")
+
+
+@dataclass(frozen=True)
+class RoutingParts:
+    """What an MoE layer has once per expert, outside of the experts.
+
+    :param tensors: (module, name, axis with one entry per expert) of parameters and buffers
+    :param counts: (module, name) of plain integers that are the number of experts
+    """
+
+    num_experts: int
+    tensors: tuple[tuple[nn.Module, str, int], ...]
+    counts: tuple[tuple[nn.Module, str], ...]
+
+
+def routing_parts(model: nn.Module, moe: MoELayer) -> RoutingParts:
+    """Find them.
+
+    :param moe: the layer as it is now
+    """
+    with disable_onloading():
+        tensors = tuple(_per_expert_tensors(model, moe))
+    return RoutingParts(moe.num_experts, tensors, tuple(_counts(model, moe)))
+
+
+@contextlib.contextmanager
+def shown_to_keep(parts: RoutingParts, kept: Sequence[int]) -> Iterator[None]:
+    """Let routing see only the experts ``kept`` for the time of the context, as after `keep_experts`. Indices that
+    it gives are positions in ``kept``.
+
+    Nothing stored is touched: a cut copy in the module's own attributes hides each tensor, wherever it is.
+    """
+    try:
+        for module, name, axis in parts.tensors:
+            whole = getattr(module, name)
+            index = torch.tensor(kept, device=whole.device)
+            module.__dict__[name] = whole.detach().index_select(axis, index)
+        for module, name in parts.counts:
+            setattr(module, name, len(kept))
+        yield
+    finally:
+        for module, name, _ in parts.tensors:
+            module.__dict__.pop(name, None)
+        for module, name in parts.counts:
+            setattr(module, name, parts.num_experts)
 
 
 def keep_experts(model: nn.Module, moe: MoELayer, kept: Sequence[int]) -> None:
@@ -38,19 +85,25 @@ def keep_experts(model: nn.Module, moe: MoELayer, kept: Sequence[int]) -> None:
             f"(top_k={moe.top_k}, groups={moe.num_groups})."
         )
     experts = model.get_submodule(moe.experts)
-    for holder, name, axis in list(_per_expert_tensors(model, moe)):
+    parts = routing_parts(model, moe)
+    for holder, name, axis in parts.tensors:
         select(holder, name, axis, kept)
     modules = expert_modules(experts)
     others = {name: child for name, child in experts._modules.items() if child not in modules}
     experts._modules = OrderedDict((str(new), modules[old]) for new, old in enumerate(kept))
     experts._modules.update(others)
-    holders = [model.get_submodule(moe.module), experts]
+    for holder, name in parts.counts:
+        setattr(holder, name, len(kept))
+
+
+def _counts(model: nn.Module, moe: MoELayer) -> Iterator[tuple[nn.Module, str]]:
+    holders = [model.get_submodule(moe.module), model.get_submodule(moe.experts)]
     holders += list(model.get_submodule(moe.router).modules()) if moe.router else []
     for holder in holders:
         for name in _COUNTS:
             value = holder.__dict__.get(name)
             if isinstance(value, int) and value == moe.num_experts:
-                setattr(holder, name, len(kept))
+                yield holder, name
 
 
 def _per_expert_tensors(model: nn.Module, moe: MoELayer) -> Iterator[tuple[nn.Module, str, int]]:

@@ -1,0 +1,118 @@
+"""How many experts each layer loses, by what the model's output loses with it: ``scope="sensitivity"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmcompressor_moe.counts import choose_counts, counts_to_measure, damage_curve
+from llmcompressor_moe.plan import ExpertRoom, experts_to_drop
+from llmcompressor_moe.profile.changes import WithoutExperts
+from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
+from llmcompressor_moe.profile.splitting import some_samples
+from llmcompressor_moe.profile.variants import Variant, divergence_of, passes_of
+from llmcompressor_moe.report import DropCurves
+from llmcompressor_moe.surgery.experts import routing_parts
+from llmcompressor_moe.surgery.session import TrimSession
+
+__all__ = ["MOST_PASSES", "MOST_TOKENS", "Wanted", "choose_by_damage", "measured_share"]
+
+# Bare passes over the calibration data that the curves of all layers may take.
+MOST_PASSES = 8
+# A mean over so many tokens tells layers apart; hidden states of all variants wait at the end of a pass.
+MOST_TOKENS = 16384
+
+Scores = Mapping[int, Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How much is to go. Keys are layers.
+
+    :param rooms: what each layer allows
+    :param allowed: counts that each layer may lose
+    :param amounts: what each would lose, were all cut alike
+    :param total: of all layers
+    """
+
+    rooms: Mapping[int, ExpertRoom]
+    allowed: Mapping[int, Sequence[int]]
+    amounts: Mapping[int, int]
+    total: int
+
+    def measured(self) -> dict[int, list[int]]:
+        """Counts at which each layer is cut to measure."""
+        return counts_to_measure(self.allowed, self.amounts, self.total)
+
+
+def measured_share(blocks: Sequence[int], num_blocks: int, tokens: int) -> float:
+    """Share of the calibration data that all variants can see within `MOST_PASSES` and `MOST_TOKENS`.
+
+    :param blocks: index of the block that each variant changes
+    :param tokens: of the calibration data
+    """
+    return min(1.0, MOST_PASSES / passes_of(blocks, num_blocks), MOST_TOKENS / max(tokens, 1))
+
+
+def choose_by_damage(
+    session: TrimSession, batches: Iterable[dict[str, Any]], scores: Scores, wanted: Wanted
+) -> tuple[dict[int, list[int]], DropCurves]:
+    """Experts to drop, so that the sum over layers of the damage that each does alone is least.
+
+    :param scores: layer -> score per expert it has now; the lowest go first
+    :return: layer -> positions among its experts, layers that lose none left out; and what was measured
+    :raises FloatingPointError: the model's output is NaN or infinite
+    """
+    order = _Order(scores, wanted.rooms)
+    cuts = [(layer, count) for layer, counts in wanted.measured().items() for count in counts]
+    parts = {layer: routing_parts(session.model, session.layer(layer)) for layer, _ in cuts}
+    variants = [
+        Variant(layer, WithoutExperts(parts[layer], order.kept(layer, count))) for layer, count in cuts
+    ]
+    every = list(batches)
+    all_tokens = _sum(_tokens(batch) for batch in every)
+    blocks, num_blocks = [layer for layer, _ in cuts], len(session.topology.blocks)
+    samples = some_samples(every, measured_share(blocks, num_blocks, all_tokens))
+    share = sum(map(_tokens, samples)) / max(sum(map(_tokens, every)), 1)
+    nats, tokens = divergence_of(session.model, samples, variants, share=share)
+    measured: dict[int, dict[int, float]] = {layer: {} for layer in wanted.rooms}
+    for (layer, count), value in zip(cuts, nats, strict=True):
+        measured[layer][count] = value
+    damages = {layer: damage_curve(measured[layer], counts) for layer, counts in wanted.allowed.items()}
+    chosen = choose_counts(damages, wanted.total)
+    curves = DropCurves(
+        nats={layer: [(0, 0.0), *sorted(points.items())] for layer, points in measured.items()},
+        predicted=sum(damages[layer][count] for layer, count in chosen.items()),
+        samples=_sum([len(samples)]),
+        tokens=tokens,
+        passes=tokens / max(all_tokens, 1) * passes_of(blocks, num_blocks),
+    )
+    return {layer: order.dropped(layer, count) for layer, count in chosen.items() if count}, curves
+
+
+class _Order:
+    """Which experts a layer loses for a count."""
+
+    def __init__(self, scores: Scores, rooms: Mapping[int, ExpertRoom]) -> None:
+        self._scores, self._rooms = scores, rooms
+
+    def dropped(self, layer: int, count: int) -> list[int]:
+        one = {layer: self._scores[layer]}, {layer: self._rooms[layer]}
+        return experts_to_drop(*one, count, "layer")[layer]
+
+    def kept(self, layer: int, count: int) -> list[int]:
+        gone = set(self.dropped(layer, count))
+        return [expert for expert in range(self._rooms[layer].num_experts) if expert not in gone]
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    mask = batch_mask(batch)
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def _sum(counts: Iterable[int]) -> int:
+    """Over all ranks."""
+    return int(sum_over_ranks(torch.tensor([sum(counts)], dtype=torch.float64)).item())
