@@ -2,16 +2,17 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import support
 import torch
-from tiny_models import build
+from tiny_models import build, on_meta
 from transformers import PreTrainedModel
 
-from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, LayerDropModifier
+from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, ExpertWidthModifier, LayerDropModifier
+from llmcompressor_moe.surgery.width import width_fields, width_of
 from llmcompressor_moe.topology import find_topology
 from serving.checkpoints import drop_blocks, drop_experts, drop_moes, moe_name, save
 from serving.engine import transformers_logprobs
@@ -46,16 +47,37 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
 def _blocks_and_experts(model_type: str, layers: list[int]) -> list:
     blocks = BLOCKS.get(model_type, [2])
     removed = {layer: [1, 5] for layer in layers if layer not in blocks}
-    return [BlockDropModifier(blocks=blocks), ExpertDropModifier(experts=removed)]
+    return [BlockDropModifier(blocks=blocks), ExpertDropModifier(experts=removed), *_narrower(model_type)]
 
 
 def _layers_and_experts(model_type: str, layers: list[int]) -> list:
     experts = {layers[0]: [3, 4], layers[1]: [0, 3, 5, 6]}
-    return [LayerDropModifier(layers=[layers[2]]), ExpertDropModifier(experts=experts)]
+    narrower = _narrower(model_type, protect=layers[:1])
+    return [LayerDropModifier(layers=[layers[2]]), ExpertDropModifier(experts=experts), *narrower]
 
 
-# The same by this project, in the words of a recipe: all kinds of drop in two checkpoints, a plain one and one
-# that only the plugin can serve. Called with the model type and the blocks that have an MoE.
+def _narrower(model_type: str, protect: Sequence[int] = ()) -> list:
+    """Half of the channels of every expert, where a config can say it."""
+    model = on_meta(model_type)
+    moe = next(iter(find_topology(model).moe_layers.values()))
+    width = width_of(model, moe)
+    try:
+        shared = width_fields(model, moe, width, width // 2, alone=bool(protect)).shared
+    except ValueError:
+        return []
+    return [
+        ExpertWidthModifier(
+            width=width // 2,
+            criterion="weight_norm",
+            refit=False,
+            shared_experts=bool(shared),
+            protect=list(protect),
+        )
+    ]
+
+
+# The same by this project, in the words of a recipe: all kinds of drop, and narrower experts, in two checkpoints,
+# a plain one and one that only the plugin can serve. Called with the model type and the blocks that have an MoE.
 RECIPES: dict[str, Callable[[str, list[int]], list]] = {
     "blocks and experts": _blocks_and_experts,
     "layers and experts": _layers_and_experts,

@@ -49,9 +49,13 @@ class TestReadPlan:
         )
         assert read_plan(config) == {2: LayerOverride(num_experts=4, values={"n_routed_experts": 4})}
 
-    def test_attribute_that_is_no_expert_count_is_kept_apart(self):
-        config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}, "2": {"intermediate_size": 32}})
-        assert read_plan(config)[2] == LayerOverride(foreign={"intermediate_size": 32})
+    def test_attribute_that_is_neither_count_nor_width_is_kept_apart(self):
+        config = mixtral({"1": {"skip": ["mlp"], "num_local_experts": 0}, "2": {"rms_norm_eps": 1e-3}})
+        assert read_plan(config)[2] == LayerOverride(foreign={"rms_norm_eps": 1e-3})
+
+    def test_width_of_experts(self):
+        config = mixtral({"2": {"intermediate_size": 32}})
+        assert read_plan(config) == {2: LayerOverride(expert_width=32, values={"intermediate_size": 32})}
 
     @pytest.mark.parametrize(
         ("override", "complaint"),
@@ -64,6 +68,10 @@ class TestReadPlan:
             ({"num_local_experts": 0}, r"Layer 2: `num_local_experts` is 0, which is not an expert count"),
             ({"num_local_experts": 9}, r"Layer 2: `num_local_experts` is 9, more than the global value 8"),
             ({"num_local_experts": 1}, r"Layer 2: `num_local_experts` is 1, fewer than the 2 experts"),
+            (
+                {"intermediate_size": 0},
+                r"Layer 2: `intermediate_size` is 0, which is not a number of channels",
+            ),
         ],
     )
     def test_refused(self, override: dict[str, Any], complaint: str):

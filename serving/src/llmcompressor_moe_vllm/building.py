@@ -172,7 +172,7 @@ def _verify_layer(index: int, override: LayerOverride, built: list[BuiltLayer], 
     if override.foreign and not any(b.read_per_layer_config for b in built):
         raise UnsupportedOverrideError(
             f"{where}: {_pairs(override.foreign)} cannot be honoured; the layer reads the global value. "
-            "Only expert counts and `skip` may differ between layers here."
+            "Only expert counts, the width of experts and `skip` may differ between layers here."
         )
     if override.dropped and not any(b.dropped for b in built):
         raise UnsupportedOverrideError(
@@ -183,6 +183,13 @@ def _verify_layer(index: int, override: LayerOverride, built: list[BuiltLayer], 
         raise UnsupportedOverrideError(
             f"{where}: {_pairs(override.values)} cannot be honoured; the layer was built with "
             f"{counts or 'no'} experts."
+        )
+    widths = {width for b in built for width in b.expert_widths}
+    # Kernels may pad.
+    if override.expert_width is not None and (not widths or min(widths) < override.expert_width):
+        raise UnsupportedOverrideError(
+            f"{where}: {_pairs(override.values)} cannot be honoured; the layer was built with experts of "
+            f"{sorted(widths) or 'no'} channels."
         )
 
 

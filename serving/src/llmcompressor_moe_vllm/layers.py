@@ -32,6 +32,8 @@ class BuiltLayer:
     """Routed experts of each fused MoE left in the layer."""
     read_per_layer_config: bool
     """The layer asked the config for its own values."""
+    expert_widths: tuple[int, ...] = ()
+    """Channels of the routed experts of each fused MoE left in the layer."""
 
 
 def build_layer(
@@ -52,8 +54,11 @@ def build_layer(
     dropped = None
     if override.dropped and moes:
         dropped = _release_feed_forward(layer, added, moes, compilation_config)
-    counts = () if dropped else tuple(moe.moe_config.num_logical_experts for moe in moes.values())
-    return layer, BuiltLayer(dropped, counts, reads.per_layer_config)
+    left = [] if dropped else [moe.moe_config for moe in moes.values()]
+    counts = tuple(moe.num_logical_experts for moe in left)
+    return layer, BuiltLayer(
+        dropped, counts, reads.per_layer_config, tuple(moe.intermediate_size for moe in left)
+    )
 
 
 def leave_out(layer: nn.Module, name: str) -> None:

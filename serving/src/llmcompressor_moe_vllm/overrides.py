@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 # ModelArchConfigConvertorBase.get_num_experts. An alias of one of them counts as that one.
 EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 
+# The names under which configs say how wide the routed experts of a layer are; the first that a config has counts.
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+
 SKIPPABLE = "mlp"
 
 
@@ -26,6 +29,8 @@ class LayerOverride:
     """The layer's MoE feed-forward is gone; its tensors are not in the checkpoint."""
     num_experts: int | None = None
     """Routed experts of this layer; None where it has as many as the config says globally."""
+    expert_width: int | None = None
+    """Channels of this layer's routed experts; None where they have as many as the config says globally."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Config attributes (canonical names) that differ while this layer is built."""
     foreign: Mapping[str, Any] = field(default_factory=dict)
@@ -36,21 +41,25 @@ Plan = Mapping[int, LayerOverride]
 
 
 def concerns_experts(config: "PreTrainedConfig") -> bool:
-    """Whether layers of `config` differ in what this plugin is for: a skipped part or an expert count.
+    """Whether layers of `config` differ in what this plugin is for: a skipped part, an expert count or the width
+    of experts.
 
     Other differences (per-layer head sizes, say) belong to the architectures that read them themselves.
     """
     if not getattr(config, "is_heterogeneous", False):
         return False
     overridden = {_canonical(config, name) for name in config.per_layer_attributes}
-    return bool(overridden & _count_names(config)) or any(layer.skip for layer in config.per_layer_config)
+    return bool(overridden & (_count_names(config) | _width_names(config))) or any(
+        layer.skip for layer in config.per_layer_config
+    )
 
 
 def read_plan(config: "PreTrainedConfig") -> Plan:
     """The overrides of a text config, by layer index; empty when no override concerns experts.
 
     Raises UnsupportedOverrideError naming the layer and the attribute: an unknown `skip` entry; a count that
-    is not a positive integer, exceeds the global one or falls below top-k; and for a `per_layer_config` that
+    is not a positive integer, exceeds the global one or falls below top-k; a width that is not one;
+    and for a `per_layer_config` that
     the installed transformers does not understand.
     """
     if not hasattr(type(config), "per_layer_config"):
@@ -72,9 +81,13 @@ def read_plan(config: "PreTrainedConfig") -> Plan:
 
 
 def global_count(config: "PreTrainedConfig", plan: Plan) -> int | None:
-    """The experts of a layer that `plan` gives no count of its own; None where it gives none to any layer."""
-    names = {name for override in plan.values() for name in override.values}
-    return _global_value(config, names.pop()) if names else None
+    """The experts of a layer that `plan` gives no count of its own; None where it changes experts of no layer."""
+    if not any(override.values for override in plan.values()):
+        return None
+    return next(
+        (value for name in _count_names(config) if isinstance(value := _global_value(config, name), int)),
+        None,
+    )
 
 
 def _canonical(config: "PreTrainedConfig", name: str) -> str:
@@ -83,6 +96,11 @@ def _canonical(config: "PreTrainedConfig", name: str) -> str:
 
 def _count_names(config: "PreTrainedConfig") -> set[str]:
     return {_canonical(config, name) for name in EXPERT_COUNTS}
+
+
+def _width_names(config: "PreTrainedConfig") -> set[str]:
+    names = (_canonical(config, name) for name in EXPERT_WIDTHS)
+    return set([name for name in names if name in config.__dict__][:1])
 
 
 def _global_value(config: "PreTrainedConfig", name: str) -> Any:
@@ -106,14 +124,25 @@ def _read_layer(
     }
     if not dropped and not differing:
         return None
-    values, foreign, count = {}, {}, None
+    values, foreign, count, width = {}, {}, None, None
     for name, value in differing.items():
-        if name not in counts:
+        if name in _width_names(config):
+            _check_width(index, name, value)
+            if not dropped:
+                values[name] = width = value
+        elif name not in counts:
             foreign[name] = value
         elif not dropped:
             _check_count(index, name, value, layer, _global_value(config, name))
             values[name] = count = value
-    return LayerOverride(dropped=dropped, num_experts=count, values=values, foreign=foreign)
+    return LayerOverride(dropped, count, width, values, foreign)
+
+
+def _check_width(index: int, name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UnsupportedOverrideError(
+            f"Layer {index}: `{name}` is {value!r}, which is not a number of channels."
+        )
 
 
 def _check_count(index: int, name: str, value: Any, layer: "PreTrainedConfig", largest: Any) -> None:

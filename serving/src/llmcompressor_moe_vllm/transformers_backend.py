@@ -2,7 +2,7 @@
 
 There transformers constructs the decoder layers, all at once, and vLLM then puts a fused MoE in the place of
 each layer's experts. So a layer's values have to hold while transformers constructs its class, and the fused
-MoE has to be made with the layer's own count.
+MoE has to be made with the layer's own count and width.
 """
 
 import inspect
@@ -90,16 +90,20 @@ def _drop_feed_forward(block: nn.Module) -> str | None:
 
 
 def _counted(make: Callable, plan: Plan, record: Record) -> Callable:
-    """vLLM's constructor of a fused MoE, with the count of the layer that its prefix names."""
+    """vLLM's constructor of a fused MoE, with the count and the width of the layer that its prefix names."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    def make_with_own_count(*args: Any, num_experts: int, prefix: str, **kwargs: Any) -> nn.Module:
+    def make_its_own(
+        *args: Any, num_experts: int, intermediate_size: int, prefix: str, **kwargs: Any
+    ) -> nn.Module:
         index = extract_layer_index(prefix)
-        count = plan.get(index, LayerOverride()).num_experts or num_experts
-        record(index, BuiltLayer(None, (count,), False))
-        return make(*args, num_experts=count, prefix=prefix, **kwargs)
+        override = plan.get(index, LayerOverride())
+        count = override.num_experts or num_experts
+        width = override.expert_width or intermediate_size
+        record(index, BuiltLayer(None, (count,), False, (width,)))
+        return make(*args, num_experts=count, intermediate_size=width, prefix=prefix, **kwargs)
 
-    return make_with_own_count
+    return make_its_own
 
 
 def _replace(patches: ExitStack, owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,14 +124,30 @@ def width_fields(
         for name, count in _shared_counts(config) if shared and not alone else ():
             fields = {field: new, name: old * count // new}
             if old * count % new == 0 and not _changed(shapes, _shapes(model, fields), moe):
-                return WidthFields(fields, ())
-        return WidthFields({field: new}, shared)
+                return WidthFields(fields | _other_names(config, old, new), ())
+        names = _other_names(config, old, new)
+        if alone and names:
+            raise ValueError(
+                f"{config.model_type!r}: {', '.join(names)} in its config says the width of experts to other "
+                "readers, for all layers. Cut all layers alike."
+            )
+        return WidthFields({field: new} | names, shared)
     reason = "; ".join(f"{field} is also the width of {names[0]}" for field, names in others.items())
     raise ValueError(
         f"{config.model_type!r}: no field of its config says the width of its experts, {old}, and nothing else"
         + (f" ({reason})" if reason else "")
         + ", so a checkpoint with narrower experts could not be described. Use ExpertDropModifier."
     )
+
+
+def _other_names(config: PreTrainedConfig, old: int, new: int) -> dict[str, int]:
+    """Fields that transformers does not know and other readers may: the width under a name of theirs."""
+    known = {field.name for field in dataclasses.fields(config)}
+    return {
+        name: new
+        for name, value in config.__dict__.items()
+        if name not in known and value == old and ("expert" in name or "moe" in name)
+    }
 
 
 def _fields_of(
