@@ -33,7 +33,7 @@ ENVIRONMENT = {
 FLOAT32_NOISE = 2e-4
 
 # vLLM 0.32 computes their rotary embeddings wrong on a CPU with its custom operators.
-PLAIN_ROTARY = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "cohere2_moe", "lfm2_moe")
+PLAIN_ROTARY = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2_moe")
 _NO_ROTARY_OPERATORS = {"custom_ops": ["all", "-rotary_embedding", "-deepseek_scaling_rotary_embedding"]}
 # What an architecture needs here beyond that; test_engine_limits.py shows it on untouched models.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
