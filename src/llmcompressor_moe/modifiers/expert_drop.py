@@ -334,5 +334,6 @@ class ExpertDropModifier(TrimModifier):
 
 
 def _weights(expert: nn.Module) -> list[torch.Tensor]:
+    """Its matrices; a later modifier may have given it scales, which hold anything until they are computed."""
     with align_modules(list(expert.modules())):
-        return [parameter.detach() for parameter in expert.parameters() if parameter.ndim == 2]
+        return [module.weight.detach() for module in expert.modules() if isinstance(module, nn.Linear)]
