@@ -122,9 +122,12 @@ def expert_count_attributes(config: PreTrainedConfig) -> list[str]:
 
 
 def expert_width_attributes(config: PreTrainedConfig) -> list[str]:
-    """Canonical names of the text config's attributes that may say how wide routed experts are; one, or none."""
+    """Canonical names of the text config's attributes that may say how wide routed experts are; one, or none.
+
+    Some families list a width for text and one for images, which is not looked at.
+    """
     config = text_config(config)
-    return [name for name in _EXPERT_WIDTHS if name in config.__dict__][:1]
+    return [name for name in _EXPERT_WIDTHS if isinstance(config.__dict__.get(name), int)][:1]
 
 
 def expert_modules(experts: nn.Module) -> list[nn.Module]:
