@@ -140,7 +140,7 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.moe_config = types.SimpleNamespace(num_logical_experts=count)
+        self.moe_config = types.SimpleNamespace(num_logical_experts=count, intermediate_size=64)
         self.w13 = nn.Parameter(torch.ones(count, 4))
 
 
@@ -174,7 +174,7 @@ class TestBuildLayer:
     def test_own_expert_count(self):
         layer, built, _ = self.build(LayerOverride(num_experts=5, values={"num_local_experts": 5}))
         assert layer.ffn.gate.out_features == 5
-        assert built == BuiltLayer(None, (5,), False)
+        assert built == BuiltLayer(None, (5,), False, (64,))
 
     @pytest.mark.parametrize("nested", [False, True])
     def test_dropped_feed_forward(self, nested: bool):
@@ -197,6 +197,12 @@ class TestBuildLayer:
 
 class TestVerify:
     whole = range(4)
+
+    def test_width_that_was_not_applied(self):
+        override = LayerOverride(expert_width=32, values={"intermediate_size": 32})
+        assert "experts of [16] channels" in self.complaint(override, BuiltLayer(None, (8,), False, (16,)))
+        # Kernels pad.
+        verify(Build({2: override}, 4, {2: [BuiltLayer(None, (8,), False, (64,))]}), "SomeModel", self.whole)
 
     def complaint(self, override: LayerOverride, *built: BuiltLayer) -> str:
         with pytest.raises(UnsupportedOverrideError) as caught:
