@@ -200,9 +200,8 @@ class TestVerify:
 
     def test_width_that_was_not_applied(self):
         override = LayerOverride(expert_width=32, values={"intermediate_size": 32})
-        assert "experts of [16] channels" in self.complaint(override, BuiltLayer(None, (8,), False, (16,)))
-        # Kernels pad.
-        verify(Build({2: override}, 4, {2: [BuiltLayer(None, (8,), False, (64,))]}), "SomeModel", self.whole)
+        assert "experts of [64] channels" in self.complaint(override, BuiltLayer(None, (8,), False, (64,)))
+        verify(Build({2: override}, 4, {2: [BuiltLayer(None, (8,), False, (32,))]}), "SomeModel", self.whole)
 
     def complaint(self, override: LayerOverride, *built: BuiltLayer) -> str:
         with pytest.raises(UnsupportedOverrideError) as caught:

@@ -185,8 +185,7 @@ def _verify_layer(index: int, override: LayerOverride, built: list[BuiltLayer], 
             f"{counts or 'no'} experts."
         )
     widths = {width for b in built for width in b.expert_widths}
-    # Kernels may pad.
-    if override.expert_width is not None and (not widths or min(widths) < override.expert_width):
+    if override.expert_width is not None and widths != {override.expert_width}:
         raise UnsupportedOverrideError(
             f"{where}: {_pairs(override.values)} cannot be honoured; the layer was built with experts of "
             f"{sorted(widths) or 'no'} channels."
