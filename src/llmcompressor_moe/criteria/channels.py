@@ -70,22 +70,25 @@ def keep_by_surgery(moments: torch.Tensor, down: torch.Tensor, count: int, token
     :return: sorted channels that stay
     """
     width = len(moments)
-    inverse = torch.linalg.inv(_damped(moments, tokens))
-    gram = down.double().T @ down.double()
-    left = list(range(width))
+    # The damping bounds the condition, so fp32 tells costs apart; what stays is fitted in fp64.
+    inverse = torch.linalg.inv(_damped(moments, tokens)).float()
+    gram = (down.double().T @ down.double()).float()
+    left = torch.arange(width, device=moments.device)
     step = max(1, width // _ROUNDS)
     while len(left) > count:
         cost = gram.diagonal() / inverse.diagonal()
-        going = torch.argsort(cost, stable=True)[: min(step, len(left) - count)].sort().values
-        there = torch.ones(len(left), dtype=torch.bool, device=cost.device)
-        there[going] = False
+        order = torch.argsort(cost, stable=True)
+        going, there = order.split([min(step, len(left) - count), max(count, len(left) - step)])
+        there = there.sort().values
         # W' = W T with T = I - E (E^T M^-1 E)^-1 E^T M^-1, of which only the columns that stay are kept.
-        solved = torch.linalg.solve(inverse[going][:, going], inverse[going])[:, there]
-        cross = gram[there][:, going] @ solved
-        gram = gram[there][:, there] - cross - cross.T + solved.T @ gram[going][:, going] @ solved
-        inverse = inverse[there][:, there] - inverse[there][:, going] @ solved
-        left = [channel for channel, stays in zip(left, there.tolist(), strict=True) if stays]
-    return left
+        rows = inverse[going]
+        solved = torch.linalg.solve(rows[:, going], rows[:, there])
+        both = gram[there]
+        cross = both[:, going] @ solved
+        gram = both[:, there] - cross - cross.T + solved.T @ gram[going][:, going] @ solved
+        inverse = inverse[there][:, there] - rows[:, there].T @ solved
+        left = left[there]
+    return left.tolist()
 
 
 def fitted_down(moments: torch.Tensor, down: torch.Tensor, kept: list[int], tokens: int) -> torch.Tensor:
