@@ -8,7 +8,7 @@ from typing import Any
 
 import support
 import torch
-from tiny_models import build, on_meta
+from tiny_models import build
 from transformers import PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier, ExpertDropModifier, ExpertWidthModifier, LayerDropModifier
@@ -58,7 +58,7 @@ def _layers_and_experts(model_type: str, layers: list[int]) -> list:
 
 def _narrower(model_type: str, protect: Sequence[int] = ()) -> list:
     """Half of the channels of every expert, where a config can say it."""
-    model = on_meta(model_type)
+    model = build(model_type, **ARCHITECTURES[model_type])
     moe = next(iter(find_topology(model).moe_layers.values()))
     width = width_of(model, moe)
     try:
