@@ -285,11 +285,9 @@ def test_later_changes_to_cut_experts_are_written(tmp_path: Path) -> None:
 def test_layers_may_differ(mixtral: Path, tmp_path: Path) -> None:
     """Protected blocks keep their width; a block drop in the same recipe renumbers what the config says."""
     plan = str(tmp_path / "plan.json")
-    recipe = [
-        ExpertWidthModifier(width=32, criterion="weight_norm", refit=False, protect=[1], report_path=plan),
-        BlockDropModifier(blocks=[0]),
-    ]
+    fields = {"width": 32, "criterion": "weight_norm", "refit": False, "protect": [1]}
     for name, model in (("opened", open_moe(mixtral)), ("loaded", support.load(mixtral))):
+        recipe = [ExpertWidthModifier(**fields, report_path=plan), BlockDropModifier(blocks=[0])]
         support.trim(model, recipe, output_dir=str(tmp_path / name), no_data=True)
         check_checkpoint(tmp_path / name).raise_if_errors()
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -302,8 +300,8 @@ def test_layers_may_differ(mixtral: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             support.logits(support.load(tmp_path / name)), support.logits(expected), atol=1e-5, rtol=1e-5
         )
-        recipe = [type(modifier)(**modifier._settings()) for modifier in recipe]
-    (step,) = forecast(mixtral, Recipe.from_modifiers([recipe[0]]))[1:]
-    reset_session()
-    support.trim(open_moe(mixtral), recipe[0], output_dir=str(tmp_path / "one"), no_data=True)
+    (step,) = forecast(mixtral, Recipe.from_modifiers([ExpertWidthModifier(**fields)]))[1:]
+    support.trim(
+        open_moe(mixtral), ExpertWidthModifier(**fields), output_dir=str(tmp_path / "one"), no_data=True
+    )
     assert step.nbytes == sum(tensor.nbytes for tensor in weights(tmp_path / "one").values())
