@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompressor_moe.counts import (
+    allowed_channels,
     allowed_counts,
     choose_counts,
     counts_to_measure,
@@ -39,12 +40,14 @@ def test_the_least_sum_for_the_total(damages, total):
     possible = choices(damages, total)
     assert (possible_total(damages, total) == total) == bool(possible)
     if not possible:
-        with pytest.raises(ValueError, match=f"drops {total} experts"):
+        with pytest.raises(ValueError, match="no choice of counts drops"):
             choose_counts(damages, total)
         return
     best = min(possible, key=lambda counts: sum(damages[layer][n] for layer, n in counts.items()))
     assert choose_counts(damages, total) == best
     assert choose_counts(dict(reversed(damages.items())), total) == best
+    steps = {layer: {64 * n: nats for n, nats in counts.items()} for layer, counts in damages.items()}
+    assert choose_counts(steps, 64 * total) == {layer: 64 * count for layer, count in best.items()}
 
 
 @given(
@@ -90,6 +93,14 @@ def test_noise_is_pooled_and_nothing_measured_costs_nothing():
 )
 def test_what_a_layer_may_lose(room, round_to, counts):
     assert allowed_counts(room, round_to) == counts
+
+
+@pytest.mark.parametrize(
+    "width, step, counts",
+    [(64, 16, [0, 16, 32, 48]), (20, 8, [0, 4, 12]), (8, 8, [0]), (4, 8, [0]), (3, 1, [0, 1, 2])],
+)
+def test_what_experts_may_lose(width, step, counts):
+    assert allowed_channels(width, step) == counts
 
 
 def test_layers_are_cut_around_their_share():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llmcompressor_moe import BlockDropModifier, ExpertWidthModifier, open_moe
 from llmcompressor_moe.check import check_checkpoint
+from llmcompressor_moe.counts import damage_curve
 from llmcompressor_moe.criteria.channels import fitted_down, keep_by_surgery
 from llmcompressor_moe.demo import DEMO_MODEL, calibration_dataset, heldout_rows
 from llmcompressor_moe.forecast import forecast
 from llmcompressor_moe.profile.channels import ChannelSums, RoutedChannels
 from llmcompressor_moe.profile.observing import observe_batches
+from llmcompressor_moe.report import WidthReport
 from llmcompressor_moe.surgery.session import TrimSession
 from llmcompressor_moe.topology import find_topology
 
@@ -147,6 +150,8 @@ def test_every_family_is_cut_or_refused_at_once(model_type: str, tmp_path: Path)
 
 # One model
 
+SENSITIVITY = {"drop_ratio": 0.25, "scope": "sensitivity"}
+
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -239,11 +244,90 @@ def test_statistics_are_those_of_plain_hooks(mixtral: Path) -> None:
             "no smaller multiple of 32: set multiple_of .* drop_ratio to 0.5",
         ),
         ({"drop_ratio": 0.5, "shared_experts": True}, "'mixtral' has no shared experts that share"),
+        (SENSITIVITY | {"drop_ratio": None, "width": 6}, "width=6 must be under 64, .* at least 8, the step"),
+        (
+            SENSITIVITY | {"drop_ratio": 0.1, "multiple_of": 32},
+            "drop_ratio=0.1: 6.4 of 64 channels in 4 layers are too few .*multiple of 32: cut more, or set",
+        ),
     ],
 )
 def test_bad_fields_are_refused(mixtral: Path, fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         support.trim(open_moe(mixtral), ExpertWidthModifier(**fields))
+
+
+def test_the_widths_are_the_best_by_what_was_measured(mixtral: Path, tmp_path: Path) -> None:
+    modifier = ExpertWidthModifier(**SENSITIVITY, report_path=str(tmp_path / "plan.json"))
+    size = forecast(mixtral, Recipe.from_modifiers([modifier]))[-1].nbytes
+    out = tmp_path / "out"
+    support.trim(open_moe(mixtral), modifier, output_dir=str(out))
+    found = WidthReport.load(tmp_path / "plan.json")
+    # A quarter of 64 channels in each of 4 layers, in steps of 8.
+    gone = {layer: 64 - found.widths.get(layer, (64, 64))[1] for layer in range(4)}
+    assert [[channels for channels, _ in points] for points in found.curves.nats.values()] == [
+        [0, 8, 16, 32, 48]
+    ] * 4
+    steps = range(0, 49, 8)
+    damages = {layer: damage_curve(dict(points[1:]), steps) for layer, points in found.curves.nats.items()}
+    possible = (choice for choice in itertools.product(steps, repeat=4) if sum(choice) == 64)
+    best = min(possible, key=lambda choice: sum(damages[layer][n] for layer, n in enumerate(choice)))
+    assert gone == dict(enumerate(best)) and len(set(best)) > 1
+    assert found.curves.predicted == pytest.approx(sum(damages[layer][n] for layer, n in enumerate(best)))
+    # Channels were measured on some of the tokens, chosen and fitted on all.
+    assert found.curves.tokens < found.calibration["tokens"] == 8 * 24
+    assert any(found.refitted.values())
+
+    check_checkpoint(out).raise_if_errors()
+    widths = [block.mlp.experts.down_proj.shape[-1] for block in support.load(out).model.layers]
+    assert widths == [64 - n for n in best]
+    assert size == sum(tensor.nbytes for tensor in weights(out).values())
+
+    # Without the fit the checkpoint is the model without what the report says.
+    reset_session()
+    plain = ExpertWidthModifier(**SENSITIVITY, refit=False, report_path=str(tmp_path / "plain.json"))
+    support.trim(support.load(mixtral), plain, output_dir=str(tmp_path / "plain"))
+    report = json.loads((tmp_path / "plain.json").read_text())
+    assert report["curves"]["nats"] == {
+        str(layer): [[count, pytest.approx(nats, abs=1e-6)] for count, nats in points]
+        for layer, points in found.curves.nats.items()
+    }
+    torch.testing.assert_close(
+        support.logits(support.load(tmp_path / "plain")),
+        support.logits(reference(mixtral, report)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_a_mean_width_with_protected_and_shared_experts(tmp_path: Path) -> None:
+    path = support.saved("deepseek_v3", tmp_path)
+    modifier = ExpertWidthModifier(
+        width=40,
+        scope="sensitivity",
+        criterion="weight_norm",
+        refit=False,
+        shared_experts=True,
+        protect=[2],
+        report_path=str(tmp_path / "plan.json"),
+    )
+    support.trim(open_moe(path), modifier, output_dir=str(tmp_path / "out"))
+    check_checkpoint(tmp_path / "out").raise_if_errors()
+    report = json.loads((tmp_path / "plan.json").read_text())
+    layers = set(find_topology(support.load(path)).moe_layers) - {2}
+    assert {int(layer) for layer in report["curves"]["nats"]} == layers and "2" not in report["kept"]
+    assert sum(old - new for old, new in report["widths"].values()) == 24 * len(layers)
+    assert report["calibration"]["tokens"] == report["curves"]["tokens"]
+    torch.testing.assert_close(
+        support.logits(support.load(tmp_path / "out")),
+        support.logits(reference(path, report)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_layers_of_some_families_must_be_alike(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"same width in every layer of 'axk2': .*Use scope='layer'"):
+        support.trim(open_moe(support.saved("axk2", tmp_path)), ExpertWidthModifier(**SENSITIVITY))
 
 
 def test_shared_experts_are_cut_along_or_the_cut_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_quantizing_takes_scratch_for_what_changes(tmp_path: Path) -> None:
         (["LayerDropModifier: {threshold: 0.99}"], 1),
         ([DROP.replace("}", ", scope: sensitivity}")], 9),
         ([DROP.replace("}", ", scope: sensitivity}").replace("reap", "weight_norm")], 8),
+        (["ExpertWidthModifier: {drop_ratio: 0.25}"], 1),
+        (["ExpertWidthModifier: {drop_ratio: 0.25, scope: sensitivity}"], 10),
+        (["ExpertWidthModifier: {drop_ratio: 0.25, scope: sensitivity, refit: false}"], 9),
     ],
 )
 def test_passes(modifiers: list[str], passes: int, tmp_path: Path) -> None:

@@ -16,14 +16,20 @@ from llmcompressor.modeling.moe.linearize import linearize_moe
 from transformers import PreTrainedModel
 
 from llmcompressor_moe import open_moe
-from llmcompressor_moe.profile.changes import WithoutBlock, WithoutExperts, WithoutLayer
+from llmcompressor_moe.profile.changes import (
+    WithoutBlock,
+    WithoutChannels,
+    WithoutExperts,
+    WithoutLayer,
+)
 from llmcompressor_moe.profile.forward import forwards
 from llmcompressor_moe.profile.lockstep import Fork, run_lockstep
 from llmcompressor_moe.profile.options import run_options
 from llmcompressor_moe.profile.variants import Variant, divergence_of, passes_of
 from llmcompressor_moe.surgery.bypass import bypass_block, bypass_moe
 from llmcompressor_moe.surgery.experts import keep_experts, routing_parts
-from llmcompressor_moe.topology import MoELayer, find_topology
+from llmcompressor_moe.surgery.width import keep_channels
+from llmcompressor_moe.topology import MoELayer, expert_modules, find_topology
 
 
 def own_logits(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -79,6 +85,68 @@ def test_experts_equal_a_model_that_was_cut(model_type: str) -> None:
         assert torch.equal(ours, theirs), "the model is as it was"
 
 
+def masks_of(model: PreTrainedModel, moe: MoELayer) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Routed experts without a few channels; and without many, and shared ones with half of theirs."""
+    generator = torch.Generator().manual_seed(len(moe.module) + sum(map(ord, moe.module)))
+
+    def mask(expert: torch.nn.Module, kept: int) -> torch.Tensor:
+        width = expert.down_proj.in_features
+        return torch.randperm(width, generator=generator) < kept
+
+    routed = expert_modules(model.get_submodule(moe.experts))
+    shared = {path: mask(model.get_submodule(path), 24) for path in moe.shared_experts}
+    return [
+        (torch.stack([mask(expert, kept) for expert in routed]), gone)
+        for kept, gone in ((56, {}), (8, shared))
+    ]
+
+
+def narrow_variants_of(model: PreTrainedModel) -> list[Variant]:
+    return [
+        Variant(
+            index, WithoutChannels(routed, {model.get_submodule(path): one for path, one in shared.items()})
+        )
+        for index, moe in layers_of(model).items()
+        for routed, shared in masks_of(model, moe)
+    ]
+
+
+# Softmax; biases; rows for all experts; shared experts.
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_channels_equal_experts_that_were_cut(model_type: str) -> None:
+    model = linearize_moe(tiny_models.build(model_type))
+    intact, expected = own_logits(model), []
+    for moe in layers_of(model).values():
+        for routed, shared in masks_of(model, moe):
+            cut = copy.deepcopy(model)
+            experts = zip(expert_modules(cut.get_submodule(moe.experts)), routed, strict=True)
+            for expert, kept in [*experts, *((cut.get_submodule(path), one) for path, one in shared.items())]:
+                keep_channels(expert, kept.nonzero().flatten().tolist())
+            expected.append(divergence(intact, own_logits(cut)))
+    found, _ = divergence_of(model, support.padded_batches(), narrow_variants_of(model), description=None)
+    assert min(expected) > 1e-4
+    assert found == pytest.approx(expected, abs=1e-5)
+    for ours, theirs in zip(own_logits(model), intact, strict=True):
+        assert torch.equal(ours, theirs), "the model is as it was"
+
+
+def test_channels_of_an_expert_are_silenced_in_one_call_of_it_for_all() -> None:
+    model = linearize_moe(tiny_models.build("mixtral"))
+    calls = []
+    expert = model.model.layers[3].mlp.experts[0]
+    handle = expert.register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
+    divergence_of(model, support.padded_batches(), narrow_variants_of(model), description=None)
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_experts_that_are_fused_have_no_channels_to_silence() -> None:
+    model = tiny_models.build("mixtral")
+    change = WithoutChannels(torch.ones(8, 64, dtype=torch.bool))
+    with pytest.raises(TypeError, match="only where experts are separate modules"):
+        divergence_of(model, support.padded_batches(), [Variant(1, change)], description=None)
+
+
 def test_layers_and_blocks_equal_a_model_without_them() -> None:
     model = linearize_moe(tiny_models.build("mixtral"))
     intact, expected, variants = own_logits(model), [], []
@@ -101,10 +169,12 @@ def test_a_layer_in_the_block_itself_cannot_be_skipped() -> None:
 def test_opened_models_and_hidden_states_in_files(tmp_path: Path) -> None:
     path = support.saved("mixtral", tmp_path)
     model = linearize_moe(support.load(path))
-    expected, _ = divergence_of(model, support.padded_batches(), variants_of(model), description=None)
+    variants = [*variants_of(model), *narrow_variants_of(model)]
+    expected, _ = divergence_of(model, support.padded_batches(), variants, description=None)
     with run_options(max_memory=0, scratch=tmp_path, wave_tokens=30):
         opened = open_moe(path)
-        found, _ = divergence_of(opened, support.padded_batches(), variants_of(opened), description=None)
+        variants = [*variants_of(opened), *narrow_variants_of(opened)]
+        found, _ = divergence_of(opened, support.padded_batches(), variants, description=None)
     assert found == pytest.approx(expected, abs=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""From damages measured at a few counts to how many experts each MoE layer loses. Pure functions.
+"""From damages measured at a few counts to how many experts each MoE layer loses, or channels each of its experts.
+Pure functions.
 
 A damage is what the model's output loses when one layer alone is cut: mean KL in nats per token.
 """
@@ -6,6 +7,7 @@ A damage is what the model's output loses when one layer alone is cut: mean KL i
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +17,14 @@ from scipy.optimize import isotonic_regression
 
 from llmcompressor_moe.plan import ExpertRoom
 
-__all__ = ["allowed_counts", "choose_counts", "counts_to_measure", "damage_curve", "possible_total"]
+__all__ = [
+    "allowed_channels",
+    "allowed_counts",
+    "choose_counts",
+    "counts_to_measure",
+    "damage_curve",
+    "possible_total",
+]
 
 # A layer loses at most so many times the mean, where the total can be reached like that.
 _MOST = 3
@@ -33,8 +42,17 @@ def allowed_counts(room: ExpertRoom, round_to: int | None = None) -> list[int]:
     ]
 
 
+def allowed_channels(width: int, step: int) -> list[int]:
+    """How many channels the experts of a layer may lose, ascending: none, or what leaves a multiple of ``step``.
+
+    :param width: channels that they have
+    """
+    widths = range(width - 1 - (width - 1) % step, 0, -step)
+    return [0, *(width - kept for kept in widths)]
+
+
 def counts_to_measure(
-    allowed: Mapping[int, Sequence[int]], amounts: Mapping[int, int], total: int
+    allowed: Mapping[int, Sequence[int]], amounts: Mapping[int, float], total: int
 ) -> dict[int, list[int]]:
     """At which counts each layer is cut to measure its damage: about half of its even share, the share, twice and
     three times the share, as far as the layer allows; four at most.
@@ -42,9 +60,9 @@ def counts_to_measure(
     The last is the most that a layer can be chosen to lose. Where three times the share gives no way to the total,
     it is all that the layer allows.
 
-    :param allowed: layer -> see `allowed_counts`
+    :param allowed: layer -> see `allowed_counts`, `allowed_channels`
     :param amounts: layer -> its share, were it cut like all others
-    :param total: experts to drop in all
+    :param total: to drop in all
     """
     tops = {
         layer: [count for count in counts if count <= _MOST * amounts[layer]]
@@ -90,12 +108,20 @@ def choose_counts(damages: Mapping[int, Mapping[int, float]], total: int) -> dic
     dynamic programming over the total.
 
     :param damages: layer -> count -> nats
-    :param total: experts to drop in all
+    :param total: to drop in all
     :return: layer -> count; of equally good choices the one where the first layers lose least
     :raises ValueError: no choice of counts gives this total
     """
     layers = sorted(damages)
-    # Last layer first: best[i][t] is the least that layers i and later can lose for t experts.
+    # Channels go in steps: that many counts are one.
+    unit = math.gcd(total, *(count for counts in damages.values() for count in counts)) or 1
+    if unit > 1:
+        fewer = {
+            layer: {count // unit: nats for count, nats in counts.items()}
+            for layer, counts in damages.items()
+        }
+        return {layer: count * unit for layer, count in choose_counts(fewer, total // unit).items()}
+    # Last layer first: best[i][t] is the least that layers i and later can lose for t.
     best = [np.full(total + 1, np.inf) for _ in range(len(layers) + 1)]
     best[-1][0] = 0.0
     for position in reversed(range(len(layers))):
@@ -104,7 +130,7 @@ def choose_counts(damages: Mapping[int, Mapping[int, float]], total: int) -> dic
                 reached = best[position + 1][: total + 1 - count] + nats
                 np.minimum(best[position][count:], reached, out=best[position][count:])
     if not np.isfinite(best[0][total]):
-        raise ValueError(f"no choice of counts drops {total} experts in all.")
+        raise ValueError(f"no choice of counts drops {total} in all.")
     chosen, left = {}, total
     for position, layer in enumerate(layers):
         options = damages[layer]
@@ -118,7 +144,7 @@ def choose_counts(damages: Mapping[int, Mapping[int, float]], total: int) -> dic
 
 
 def possible_total(allowed: Mapping[int, Sequence[int]], wanted: int) -> int | None:
-    """The most experts that can be dropped in all, up to ``wanted``; None where no number up to it is possible."""
+    """The most that can be dropped in all, up to ``wanted``; None where no number up to it is possible."""
     # Bit t: a total of t is possible.
     totals = 1
     for counts in allowed.values():

@@ -174,11 +174,13 @@ def _narrow(path: str | Path, shape: _Shape, modifier: ExpertWidthModifier) -> s
         model = build_meta(config, model_class(config))
     moe = next(iter(find_topology(model).moe_layers.values()))
     old = width_of(model, moe)
-    new = modifier.width_from(old)
-    cut = [index for index in shape.layers if index not in modifier.protect]
-    fields = width_fields(model, moe, old, new, alone=len(cut) < len(shape.layers)).values
-    shape.widths = dict.fromkeys(cut, fields)
-    return f"{old - new} of {old} channels per expert"
+    layers = [index for index in shape.layers if index not in modifier.protect]
+    widths = modifier.widths_from(old, layers)
+    alone = modifier.measures_curves() or len(widths) < len(shape.layers)
+    fields = {new: width_fields(model, moe, old, new, alone=alone).values for new in set(widths.values())}
+    shape.widths = {index: fields[new] for index, new in widths.items()}
+    gone = sum(old - new for new in widths.values()) / max(len(layers), 1)
+    return f"{gone:g} of {old} channels per expert"
 
 
 @contextmanager

@@ -107,7 +107,8 @@ class ModifierReport(BaseModel):
 class DropCurves(BaseModel):
     """What each MoE layer's experts are worth, measured with that layer cut alone.
 
-    :param nats: block index -> (experts dropped, mean over tokens of KL(intact || cut) in nats), fewest first
+    :param nats: block index -> (experts dropped, or channels of each expert, mean over tokens of KL(intact || cut)
+        in nats), fewest first
     :param predicted: nats that the chosen cut costs if damages of layers add up
     :param samples: behind the curves
     :param tokens: behind the curves, padding left out
@@ -178,12 +179,14 @@ class WidthReport(ModifierReport):
     :param refitted: block index -> experts whose down projection was fitted
     :param lost: block index -> share of the squared output of the routed experts that is lost on tokens that
         nothing was decided on; null where there were none
+    :param curves: behind a choice with ``scope="sensitivity"``
     """
 
     widths: dict[int, tuple[int, int]]
     kept: dict[int, dict[str, str]]
     refitted: dict[int, list[str]] = {}
     lost: dict[int, float | None] = {}
+    curves: DropCurves | None = None
 
     def channels(self, layer: int, name: str, width: int, count: int) -> list[int]:
         """Channels of an expert that stay.

@@ -310,7 +310,7 @@ def _passes(modifiers: list[Modifier], shape: ModelShape, samples: int) -> int:
         elif isinstance(modifier, RouterCalibrationModifier):
             total += 2
         elif isinstance(modifier, ExpertWidthModifier):
-            total += modifier.needs_data()
+            total += modifier.statistics_passes()
         elif not isinstance(modifier, QualityGateModifier):
             total += modifier.requires_calibration_data
     return round(total)
@@ -344,9 +344,7 @@ class _Curves:
 
 
 def _curves(modifiers: list[Modifier], shape: ModelShape, tokens: int) -> _Curves:
-    number = sum(
-        isinstance(m, ExpertDropModifier) and m.scope == "sensitivity" and m._needs_data() for m in modifiers
-    )
+    number = sum(map(_measures_curves, modifiers))
     if not number or not tokens:
         return _Curves()
     changed = [*range(shape.blocks - shape.moe_layers, shape.blocks)] * _CURVE_POINTS
@@ -355,6 +353,16 @@ def _curves(modifiers: list[Modifier], shape: ModelShape, tokens: int) -> _Curve
         number,
         number * share * passes_of(changed, shape.blocks),
         round(share * tokens) * (1 + len(changed)),
+    )
+
+
+def _measures_curves(modifier: Modifier) -> bool:
+    if isinstance(modifier, ExpertWidthModifier):
+        return modifier.measures_curves()
+    return (
+        isinstance(modifier, ExpertDropModifier)
+        and modifier.scope == "sensitivity"
+        and modifier._needs_data()
     )
 
 

@@ -1,8 +1,9 @@
-"""How many experts each layer loses, by what the model's output loses with it: ``scope="sensitivity"``."""
+"""How much each layer loses, by what the model's output loses with it: ``scope="sensitivity"``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,15 @@ import torch
 
 from llmcompressor_moe.counts import choose_counts, counts_to_measure, damage_curve
 from llmcompressor_moe.plan import ExpertRoom, experts_to_drop
-from llmcompressor_moe.profile.changes import WithoutExperts
+from llmcompressor_moe.profile.changes import Change, WithoutExperts
 from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
 from llmcompressor_moe.profile.splitting import some_samples
 from llmcompressor_moe.profile.variants import Variant, divergence_of, passes_of
 from llmcompressor_moe.report import DropCurves
-from llmcompressor_moe.surgery.experts import routing_parts
+from llmcompressor_moe.surgery.experts import RoutingParts, routing_parts
 from llmcompressor_moe.surgery.session import TrimSession
 
-__all__ = ["MOST_PASSES", "MOST_TOKENS", "Wanted", "choose_by_damage", "measured_share"]
+__all__ = ["MOST_PASSES", "MOST_TOKENS", "Wanted", "choose_amounts", "choose_by_damage", "measured_share"]
 
 # Bare passes over the calibration data that the curves of all layers may take.
 MOST_PASSES = 8
@@ -67,30 +68,56 @@ def choose_by_damage(
     :raises FloatingPointError: the model's output is NaN or infinite
     """
     order = _Order(scores, wanted.rooms)
-    cuts = [(layer, count) for layer, counts in wanted.measured().items() for count in counts]
-    parts = {layer: routing_parts(session.model, session.layer(layer)) for layer, _ in cuts}
-    variants = [
-        Variant(layer, WithoutExperts(parts[layer], order.kept(layer, count))) for layer, count in cuts
-    ]
+
+    @functools.cache
+    def parts(layer: int) -> RoutingParts:
+        return routing_parts(session.model, session.layer(layer))
+
+    def cut(layer: int, count: int) -> Change:
+        return WithoutExperts(parts(layer), order.kept(layer, count))
+
+    chosen, curves = choose_amounts(session, batches, wanted.allowed, wanted.measured(), wanted.total, cut)
+    return {layer: order.dropped(layer, count) for layer, count in chosen.items() if count}, curves
+
+
+def choose_amounts(
+    session: TrimSession,
+    batches: Iterable[dict[str, Any]],
+    allowed: Mapping[int, Sequence[int]],
+    measured: Mapping[int, Sequence[int]],
+    total: int,
+    cut: Callable[[int, int], Change],
+) -> tuple[dict[int, int], DropCurves]:
+    """How much each layer loses, so that the sum over layers of the damage that each does alone is least.
+
+    :param allowed: layer -> amounts that it may lose
+    :param measured: layer -> amounts that it is cut by to measure, see `counts.counts_to_measure`
+    :param total: of all layers
+    :param cut: gives a layer cut by an amount
+    :return: layer -> amount; and what was measured
+    :raises FloatingPointError: the model's output is NaN or infinite
+    """
+    cuts = [(layer, count) for layer, counts in measured.items() for count in counts]
+    variants = [Variant(layer, cut(layer, count)) for layer, count in cuts]
     every = list(batches)
     all_tokens = _sum(_tokens(batch) for batch in every)
     blocks, num_blocks = [layer for layer, _ in cuts], len(session.topology.blocks)
     samples = some_samples(every, measured_share(blocks, num_blocks, all_tokens))
     share = sum(map(_tokens, samples)) / max(sum(map(_tokens, every)), 1)
     nats, tokens = divergence_of(session.model, samples, variants, share=share)
-    measured: dict[int, dict[int, float]] = {layer: {} for layer in wanted.rooms}
+    found: dict[int, dict[int, float]] = {layer: {} for layer in allowed}
     for (layer, count), value in zip(cuts, nats, strict=True):
-        measured[layer][count] = value
-    damages = {layer: damage_curve(measured[layer], counts) for layer, counts in wanted.allowed.items()}
-    chosen = choose_counts(damages, wanted.total)
+        found[layer][count] = value
+    damages = {layer: damage_curve(found[layer], counts) for layer, counts in allowed.items()}
+    chosen = choose_counts(damages, total)
     curves = DropCurves(
-        nats={layer: [(0, 0.0), *sorted(points.items())] for layer, points in measured.items()},
+        nats={layer: [(0, 0.0), *sorted(points.items())] for layer, points in found.items()},
         predicted=sum(damages[layer][count] for layer, count in chosen.items()),
         samples=_sum([len(samples)]),
         tokens=tokens,
         passes=tokens / max(all_tokens, 1) * passes_of(blocks, num_blocks),
     )
-    return {layer: order.dropped(layer, count) for layer, count in chosen.items() if count}, curves
+    return chosen, curves
 
 
 class _Order:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,13 @@ from llmcompressor_moe.families import exception_for
 from llmcompressor_moe.modifiers.base import MoEModifier, modifiers_before
 from llmcompressor_moe.modifiers.expert_sparsity import ExpertSparsityModifier
 from llmcompressor_moe.modifiers.router_aware_quant import RouterAwareQuantModifier
+from llmcompressor_moe.modifiers.width_curves import (
+    ChannelScores,
+    NarrowRoom,
+    channels_of,
+    choose_widths,
+    narrow_room,
+)
 from llmcompressor_moe.profile.channels import ChannelSums, RoutedChannels, SharedChannels
 from llmcompressor_moe.profile.forward import sum_over_ranks
 from llmcompressor_moe.profile.observing import Observer, observe_batches
@@ -51,13 +60,21 @@ _STEP = 64
 # A narrow expert still has so many steps.
 _FEWEST_STEPS = 8
 
+# (layer, name in the report -> expert, sums of each)
+LayerDone = Callable[[int, dict[str, nn.Module], list[ChannelSums]], None]
+
 
 class ExpertWidthModifier(MoEModifier):
     """Cuts channels out of routed experts: rows of the gate and up projections, and the columns of the down
     projection that read them. Each expert loses its own channels; all experts get the same width.
 
-    The result is a stock checkpoint: a field of the config says the width. Takes exactly one of ``drop_ratio``,
-    ``width`` and ``plan_path``.
+    The same width in all layers gives a stock checkpoint: a field of the config says it; where layers differ,
+    ``per_layer_config`` does. Takes exactly one of ``drop_ratio``, ``width`` and ``plan_path``.
+
+    ``scope="sensitivity"`` measures what layers are worth in one unit: KL(intact model || model with one layer's
+    experts cut) of the output, in nats per token, at up to four widths per layer; and chooses the widths with the
+    least sum. It takes one more pass over some of the calibration data, which costs at most 8 bare passes over all
+    of it, and with ``refit`` the cut is a pass of its own; ``curves`` of the report say what it found.
 
     Sample YAML::
 
@@ -70,12 +87,14 @@ class ExpertWidthModifier(MoEModifier):
 
     Lifecycle:
         - on_initialize: look at the model, find the config fields that say the width, refuse what cannot work
-        - on_calibration_start: one forward pass of our own; experts of a block are cut when all samples have
-          passed it, so that second moments are held for one layer at a time
+        - on_calibration_start: with ``scope="sensitivity"`` a pass that ranks channels, and one that measures
+          what layers lose; then a forward pass of our own in which experts of a block are cut when all samples
+          have passed it, so that second moments are held for one layer at a time
         - on_finalize: make saving write a checkpoint that says what it is
 
-    :param drop_ratio: share of each expert's channels that goes; fewer where ``multiple_of`` asks for it
-    :param width: channels that stay
+    :param drop_ratio: share of each expert's channels that goes (its mean, where layers may differ); fewer where
+        ``multiple_of`` asks for it
+    :param width: channels that stay (their mean, where layers may differ)
     :param multiple_of: the width that stays is a multiple of it. Defaults to 64, which suits kernels and tensor
         parallelism; to a smaller power of two where an expert has fewer than 512 channels
     :param criterion: ``saliency`` (see `criteria.channels.saliency`), ``activation`` (its first factor),
@@ -83,7 +102,7 @@ class ExpertWidthModifier(MoEModifier):
     :param refit: fit down projections; with ``saliency``, choose by optimal brain surgery as well
     :param shared_experts: also cut shared experts, to the same share of their channels. Some families have one
         config field for both, and need it
-    :param scope: ``layer``: the same share in every layer
+    :param scope: ``layer``: the same share in every layer; ``sensitivity``: more where it costs less
     :param protect: blocks whose experts stay as they are; the layers then differ
     """
 
@@ -95,7 +114,7 @@ class ExpertWidthModifier(MoEModifier):
     criterion: Literal["saliency", "activation", "weight_norm", "random"] = "saliency"
     refit: bool = True
     shared_experts: bool = False
-    scope: Literal["layer"] = "layer"
+    scope: Literal["layer", "sensitivity"] = "layer"
     protect: list[int] = Field(default_factory=list)
 
     _plan: WidthReport | None = PrivateAttr(default=None)
@@ -128,7 +147,7 @@ class ExpertWidthModifier(MoEModifier):
         self._fields = self._described()
         self._check_shared()
         if self.needs_data():
-            way_out = "set criterion: weight_norm and refit: false"
+            way_out = "set scope: layer, criterion: weight_norm and refit: false"
             self._batches = self._require_data(state, way_out)
         elif self.refit and state.data.calib is not None and len(state.data.calib):
             # A plan, which names down projections that were fitted.
@@ -139,12 +158,15 @@ class ExpertWidthModifier(MoEModifier):
         """Measure, choose and cut, layer by layer."""
         session = self._session
         self._found = WidthReport(widths={}, kept={}, **self._report_heading(None))
+        sums: Mapping[int, Sequence[ChannelSums] | None] = {}
+        if self.measures_curves():
+            sums = self._choose_widths()
         parts = {layer: self._parts(layer) for layer in session.layers if layer in self._widths}
-        if self._batches is None:
-            for layer, experts in parts.items():
-                self._cut(layer, experts, None)
+        if self._batches is not None and (self.refit or not self.measures_curves()):
+            self._found.calibration = self._in_a_pass(parts, self.refit, self._cut)
         else:
-            self._found.calibration = self._cut_in_a_pass(parts)
+            for layer, experts in parts.items():
+                self._cut(layer, experts, sums.get(layer))
         fields = {layer: self._fields[layer].values if layer in parts else {} for layer in session.layers}
         describe_widths(session.model.config, fields)
         for layer in parts:
@@ -159,7 +181,20 @@ class ExpertWidthModifier(MoEModifier):
 
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration data."""
-        return self.plan_path is None and (self.refit or self.criterion in ("saliency", "activation"))
+        return self.measures_curves() or (self.plan_path is None and (self.refit or self._ranks_by_data()))
+
+    def measures_curves(self) -> bool:
+        """Whether data decides how much each layer loses."""
+        return self.plan_path is None and self.scope == "sensitivity"
+
+    def statistics_passes(self) -> int:
+        """Passes over the calibration data beside the one that measures curves."""
+        if self.measures_curves():
+            return self._ranks_by_data() + self.refit
+        return int(self.needs_data())
+
+    def _ranks_by_data(self) -> bool:
+        return self.criterion in ("saliency", "activation")
 
     def _present_width(self) -> int:
         session = self._session
@@ -178,11 +213,8 @@ class ExpertWidthModifier(MoEModifier):
 
     def _asked(self, old: int) -> dict[int, tuple[int, int]]:
         if self._plan is None:
-            return {
-                layer: (old, self.width_from(old))
-                for layer in self._session.layers
-                if layer not in self.protect
-            }
+            layers = [layer for layer in self._session.layers if layer not in self.protect]
+            return {layer: (old, new) for layer, new in self.widths_from(old, layers).items()}
         widths = self._plan.widths
         if not widths or any(before != old or not 0 < new < old for before, new in widths.values()):
             raise PlanFileError(
@@ -198,12 +230,16 @@ class ExpertWidthModifier(MoEModifier):
         session = self._session
         if not self._widths:
             raise ValueError(f"protect={self.protect} leaves no MoE layer to cut.")
-        uneven = len(self._widths) < len(session.layers) or len(set(self._widths.values())) > 1
+        uneven = (
+            self.measures_curves()
+            or len(self._widths) < len(session.layers)
+            or len(set(self._widths.values())) > 1
+        )
         reason = exception_for(session.topology.model_type).refuse_uneven
         if uneven and reason is not None:
             raise ValueError(
                 f"ExpertWidthModifier must leave experts of the same width in every layer of "
-                f"{session.topology.model_type!r}: {reason}."
+                f"{session.topology.model_type!r}: {reason}. Use scope='layer' and leave protect out."
             )
         moe = session.layer(session.layers[0])
         known = {
@@ -212,11 +248,39 @@ class ExpertWidthModifier(MoEModifier):
         }
         return {layer: known[change] for layer, change in self._widths.items()}
 
-    def width_from(self, old: int) -> int:
-        """Channels that stay of ``old``; without a plan.
+    def widths_from(self, old: int, layers: Sequence[int]) -> dict[int, int]:
+        """Layer -> channels that stay of ``old``, without a plan; where data decides, as even as can be.
+        Layers that lose none are left out.
 
+        :param layers: that may be cut
         :raises ValueError: none would go
         """
+        if not layers:
+            return {}
+        if not self.measures_curves():
+            return dict.fromkeys(layers, self._width_from(old))
+        return {layer: old - gone for layer, gone in self._room(old, layers).evenly().items() if gone}
+
+    def _room(self, old: int, layers: Sequence[int]) -> NarrowRoom:
+        """What sensitivity scope chooses among."""
+        step = self.multiple_of or _default_step(old)
+        if self.width is not None and not step <= self.width < old:
+            raise ValueError(
+                f"width={self.width} must be under {old}, the present width, and at least {step}, the step "
+                "between widths (multiple_of)."
+            )
+        share = old - self.width if self.width is not None else old * self.drop_ratio
+        room = narrow_room(old, step, layers, share)
+        if room is None:
+            raise ValueError(
+                f"{'drop_ratio' if self.width is None else 'width'}="
+                f"{self.drop_ratio if self.width is None else self.width}: {share:g} of {old} channels in "
+                f"{len(layers)} layers are too few for one layer to keep a smaller multiple of {step}: cut more, "
+                "or set multiple_of to a smaller number."
+            )
+        return room
+
+    def _width_from(self, old: int) -> int:
         step = self.multiple_of or _default_step(old)
         if self.width is not None:
             if self.width >= old or (self.multiple_of and self.width % step):
@@ -291,7 +355,61 @@ class ExpertWidthModifier(MoEModifier):
         shared = {f"{SHARED} {n}": f"{module}.{path}" for n, path in enumerate(self._fields[layer].shared)}
         return routed | {name: session.model.get_submodule(path) for name, path in shared.items()}
 
-    def _cut_in_a_pass(self, parts: dict[int, dict[str, nn.Module]]) -> dict[str, int]:
+    def _choose_widths(self) -> dict[int, Sequence[ChannelSums] | None]:
+        """Decide how wide the experts of each layer become; returns what the choice of channels needs."""
+        session = self._session
+        old = self._present_width()
+        layers = [layer for layer in session.layers if layer not in self.protect]
+        # Fields and shared experts are those of the probe: all of one field, and none depends on the width.
+        probe = next(iter(self._fields.values()))
+        self._fields = dict.fromkeys(layers, probe)
+        parts = {layer: self._parts(layer) for layer in layers}
+        sums: dict[int, list[ChannelSums] | None] = dict.fromkeys(layers)
+        scores: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
+
+        def rank(layer: int, experts: dict[str, nn.Module], seen: list[ChannelSums] | None) -> None:
+            for position, (name, expert) in enumerate(experts.items()):
+                with align_modules(list(expert.modules())):
+                    one = self._scores(layer, name, expert, None if seen is None else seen[position])
+                scores[layer][name] = one.cpu()
+            if seen is not None:
+                sums[layer] = [*(sums[layer] or []), *seen]
+
+        if self._ranks_by_data():
+            self._found.calibration = self._in_a_pass(parts, False, rank)
+        else:
+            for layer, experts in parts.items():
+                rank(layer, experts, None)
+        ranked = {
+            layer: ChannelScores(
+                [one for name, one in found.items() if not name.startswith(SHARED)],
+                {parts[layer][name]: one for name, one in found.items() if name.startswith(SHARED)},
+            )
+            for layer, found in scores.items()
+        }
+        gone, curves = choose_widths(session, self._batches, ranked, self._room(old, layers))
+        self._found.curves = curves
+        self._found.calibration = self._found.calibration or {
+            "tokens": curves.tokens,
+            "samples": curves.samples,
+        }
+        self._widths = {layer: (old, old - channels) for layer, channels in gone.items()}
+        self._fields = {
+            layer: replace(probe, values=dict.fromkeys(probe.values, new))
+            for layer, (_, new) in self._widths.items()
+        }
+        return sums
+
+    def _in_a_pass(
+        self, parts: dict[int, dict[str, nn.Module]], moments: bool, then: LayerDone
+    ) -> dict[str, int]:
+        """Watch channels in one pass.
+
+        :param moments: whether to add up second moments
+        :param then: called for the routed experts of a layer, and for each shared one, when all batches have
+            passed the block
+        :return: tokens and samples
+        """
         session = self._session
         observers: list[Observer] = []
         for block in session.running_topology().blocks:
@@ -299,11 +417,10 @@ class ExpertWidthModifier(MoEModifier):
             if block.moe is None or experts is None:
                 continue
             routed = {name: module for name, module in experts.items() if not name.startswith(SHARED)}
-            observers.append(
-                RoutedChannels(session.model, block, self.refit, self._done(block.index, routed))
-            )
+            done = partial(then, block.index)
+            observers.append(RoutedChannels(session.model, block, moments, partial(done, routed)))
             observers += [
-                SharedChannels(module, block.index, self.refit, self._done(block.index, {name: module}))
+                SharedChannels(module, block.index, moments, partial(done, {name: module}))
                 for name, module in experts.items()
                 if name.startswith(SHARED)
             ]
@@ -321,12 +438,6 @@ class ExpertWidthModifier(MoEModifier):
         samples, tokens = sum_over_ranks(torch.tensor([samples, tokens])).tolist()
         return {"tokens": tokens, "samples": samples}
 
-    def _done(self, layer: int, experts: dict[str, nn.Module]) -> Any:
-        def done(sums: list[ChannelSums]) -> None:
-            self._cut(layer, experts, sums)
-
-        return done
-
     def _cut(self, layer: int, experts: dict[str, nn.Module], sums: Sequence[ChannelSums] | None) -> None:
         old, new = self._widths[layer]
         report = self._found
@@ -335,7 +446,7 @@ class ExpertWidthModifier(MoEModifier):
         lost = torch.zeros(2, dtype=torch.float64)
         for position, (name, expert) in enumerate(experts.items()):
             seen = sums[position] if sums is not None else None
-            count = new * expert.down_proj.in_features // old
+            count = channels_of(expert.down_proj.in_features, old, new)
             channels, down, errors = self._choose(layer, name, expert, seen, count)
             kept[name] = as_hex(channels, expert.down_proj.in_features)
             if down is not None:
@@ -358,15 +469,10 @@ class ExpertWidthModifier(MoEModifier):
         """
         with align_modules(list(expert.modules())):
             down = expert.down_proj.weight.detach()
-            rows = [
-                getattr(expert, other).weight.detach()
-                for other in ("gate_proj", "up_proj")
-                if hasattr(expert, other)
-            ]
             if self._plan is not None:
                 chosen = self._plan.channels(layer, name, down.shape[1], count)
             else:
-                chosen = highest(self._scores(layer, name, rows, down, seen), count)
+                chosen = highest(self._scores(layer, name, expert, seen), count)
             if seen is None or not seen.tokens or seen.moments is None:
                 return chosen, None, torch.zeros(2, dtype=torch.float64)
             moments = seen.moments.to(down.device)
@@ -388,14 +494,15 @@ class ExpertWidthModifier(MoEModifier):
             fitted = choices[best][1]
             return choices[best][0], fitted, torch.stack([found[best], found[-1]])
 
-    def _scores(
-        self, layer: int, name: str, rows: list[torch.Tensor], down: torch.Tensor, seen: ChannelSums | None
-    ) -> torch.Tensor:
+    def _scores(self, layer: int, name: str, expert: nn.Module, seen: ChannelSums | None) -> torch.Tensor:
+        """One per channel; the expert's weights are in memory."""
+        down = expert.down_proj.weight.detach()
         if self.criterion == "random":
             generator = random.Random(f"{self.seed} {layer} {name}")
             return torch.tensor([generator.random() for _ in range(down.shape[1])])
         if self.criterion == "weight_norm" or seen is None or not seen.tokens:
-            return magnitude(rows, down)
+            rows = [getattr(expert, other, None) for other in ("gate_proj", "up_proj")]
+            return magnitude([linear.weight.detach() for linear in rows if linear is not None], down)
         power = seen.power.to(down.device)
         return power if self.criterion == "activation" else saliency(power, down)
 

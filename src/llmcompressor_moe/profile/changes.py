@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from llmcompressor_moe.surgery.bypass import bypassed, pass_through, silence
 from llmcompressor_moe.surgery.experts import RoutingParts, shown_to_keep
 from llmcompressor_moe.topology import MoELayer
 
-__all__ = ["Change", "ExpertInputs", "WithoutBlock", "WithoutExperts", "WithoutLayer"]
+__all__ = ["Change", "ExpertInputs", "WithoutBlock", "WithoutChannels", "WithoutExperts", "WithoutLayer"]
 
 # hidden [tokens, hidden], index [tokens, top_k], weights [tokens, top_k]; or only hidden
 # [experts * tokens, hidden]. See `profile.experts`.
@@ -25,10 +26,14 @@ class Change:
 
     Runs take turns inside a block, and all of them share its experts: whatever `applied` puts in place is taken
     away while a run waits, and experts that a changed run calls are the block's own.
+
+    :ivar kept_channels: boolean [experts, width], the channels of routed experts that the changed run's tokens
+        pass through; None: all
     """
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
+        self.kept_channels: torch.Tensor | None = None
 
     def applied(self) -> contextlib.AbstractContextManager[Any]:
         """In place while the run computes inside the block, its experts left out."""
@@ -91,6 +96,28 @@ class WithoutExperts(Change):
         return output.view(self._parts.num_experts, -1, output.shape[-1])[self._kept].flatten(0, 1)
 
 
+class WithoutChannels(Change):
+    """The block with fewer channels in its experts, as `surgery.width.keep_channels` leaves them.
+
+    :param routed: boolean [experts, width], True for channels that stay
+    :param shared: shared expert, which has a ``down_proj`` -> the same for its own channels, [width]
+    """
+
+    def __init__(self, routed: torch.Tensor, shared: Mapping[nn.Module, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.kept_channels = routed
+        self._shared = dict(shared or {})
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Shared experts, which the block runs itself, without their channels."""
+        with contextlib.ExitStack() as stack:
+            for expert, kept in self._shared.items():
+                handle = expert.down_proj.register_forward_pre_hook(functools.partial(_silence, ~kept))
+                stack.callback(handle.remove)
+            yield
+
+
 class WithoutLayer(Change):
     """The block with nothing from its MoE layer, shared experts included."""
 
@@ -115,6 +142,10 @@ class WithoutBlock(Change):
     def forward(self, block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         """Returns its input."""
         return pass_through(block)
+
+
+def _silence(gone: torch.Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].masked_fill(gone.to(args[0].device), 0), *args[1:])
 
 
 def _unchanged(output: torch.Tensor) -> torch.Tensor:

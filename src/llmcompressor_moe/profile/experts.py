@@ -9,10 +9,55 @@ from torch import nn
 
 from llmcompressor_moe.topology import expert_modules
 
-__all__ = ["ExpertCall", "routed_forward", "scattered_forward", "sums_by_expert"]
+__all__ = [
+    "ExpertCall",
+    "ExpertRun",
+    "routed_forward",
+    "run_plainly",
+    "run_silenced",
+    "scattered_forward",
+    "sums_by_expert",
+]
 
 # (expert index, token indices [n], inputs [n, hidden], router weights [n], outputs [n, hidden])
 ExpertCall = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (expert, its index, token indices [n], inputs [n, hidden]) -> outputs [n, hidden]
+ExpertRun = Callable[[nn.Module, int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def run_plainly(expert: nn.Module, _index: int, _tokens: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """An expert as it is."""
+    return expert(inputs)
+
+
+def run_silenced(
+    kept: Sequence[torch.Tensor | None], lengths: Sequence[int], device: torch.device
+) -> ExpertRun:
+    """Experts that lack some channels for some tokens, as if these had been cut: zeros enter the down projection.
+
+    Token indices of the run are places in a row of parts, each of which may lack other channels.
+
+    :param kept: for each part, boolean [experts, width]; None: all channels
+    :param lengths: tokens of each part
+    """
+    distinct = list({id(mask): mask for mask in kept if mask is not None}.values())
+    # Entry 0: nothing is gone.
+    gone = torch.stack([torch.zeros_like(distinct[0]), *(~mask for mask in distinct)]).to(device)
+    entry = {id(mask): number for number, mask in enumerate(distinct, start=1)}
+    entries = torch.tensor([entry.get(id(mask), 0) for mask in kept], device=device)
+    of_token = entries.repeat_interleave(torch.tensor(lengths, device=device))
+
+    def run(expert: nn.Module, index: int, tokens: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        rows = gone[of_token[tokens], index]
+        handle = expert.down_proj.register_forward_pre_hook(
+            lambda _module, args: (args[0].masked_fill(rows.to(args[0].device), 0), *args[1:])
+        )
+        try:
+            return expert(inputs)
+        finally:
+            handle.remove()
+
+    return run
 
 
 def routed_forward(
@@ -22,6 +67,7 @@ def routed_forward(
     top_k_weights: torch.Tensor,
     on_expert: ExpertCall | None = None,
     keep: torch.Tensor | None = None,
+    run: ExpertRun = run_plainly,
 ) -> torch.Tensor:
     """The experts' output, each expert run once on the tokens routed to it.
 
@@ -32,6 +78,7 @@ def routed_forward(
     :param top_k_weights: [tokens, top_k] weight of each choice
     :param on_expert: called for every expert that has tokens, before weighting
     :param keep: boolean [tokens], True for those that ``on_expert`` sees; None: all
+    :param run: what an expert does with its tokens
     :return: [tokens, hidden]
     """
     modules = expert_modules(experts)
@@ -46,7 +93,7 @@ def routed_forward(
         if count:
             there = tokens[start : start + count]
             inputs = hidden_states[there]
-            result = module(inputs)
+            result = run(module, index, there, inputs)
             gates = weights[start : start + count]
             if on_expert is not None and kept:
                 on_expert(index, there[:kept], inputs[:kept], gates[:kept], result[:kept])
@@ -62,6 +109,7 @@ def scattered_forward(
     hidden_states: torch.Tensor,
     on_expert: ExpertCall | None = None,
     keep: torch.Tensor | None = None,
+    run: ExpertRun = run_plainly,
 ) -> torch.Tensor:
     """The same for experts that get every token once per expert, zeroed where it is not routed (Llama 4).
 
@@ -81,7 +129,7 @@ def scattered_forward(
         if count:
             there = tokens[start : start + count]
             inputs = by_expert[index, there]
-            result = module(inputs)
+            result = run(module, index, there, inputs)
             if on_expert is not None and kept:
                 gates = torch.ones(kept, dtype=result.dtype, device=result.device)
                 on_expert(index, there[:kept], inputs[:kept], gates, result[:kept])

@@ -40,7 +40,7 @@ from llmcompressor_moe.profile.computing import (
     fast_dtype,
     stored_dtype,
 )
-from llmcompressor_moe.profile.experts import routed_forward, scattered_forward
+from llmcompressor_moe.profile.experts import ExpertRun, routed_forward, run_silenced, scattered_forward
 from llmcompressor_moe.profile.options import current_options
 from llmcompressor_moe.profile.waiting import Waiting, tensors_in
 from llmcompressor_moe.progress import progress
@@ -175,12 +175,14 @@ class _AtExperts:
     :param hidden: [tokens, hidden], or [experts * tokens, hidden] where ``index`` is None
     :param index: [tokens, top_k]
     :param weights: [tokens, top_k]
+    :param kept_channels: see `Change`
     """
 
     experts: nn.Module
     hidden: torch.Tensor
     index: torch.Tensor | None
     weights: torch.Tensor | None
+    kept_channels: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -329,17 +331,21 @@ class _Lockstep:
 
     def _merged(self, calls: list[_AtExperts]) -> Sequence[torch.Tensor]:
         experts = calls[0].experts
-        forward = self._experts_forward[experts]
         hidden = [call.hidden for call in calls]
+        copies = 1 if calls[0].index is not None else _num_experts(experts)
+        lengths = [len(values) // copies for values in hidden]
+        forward = self._experts_forward[experts]
+        kept = [call.kept_channels for call in calls]
+        if any(mask is not None for mask in kept):
+            forward = _routed(experts, run=run_silenced(kept, lengths, hidden[0].device))
         if calls[0].index is not None:
             indices, weights = ([getattr(call, name) for call in calls] for name in ("index", "weights"))
             output = forward(_cat(hidden), _cat(indices), _cat(weights))
-            return output.split([len(values) for values in hidden])
+            return output.split(lengths)
         # Every expert has its own copy of all tokens.
-        count = _num_experts(experts)
-        views = [values.view(count, -1, values.shape[-1]) for values in hidden]
+        views = [values.view(copies, -1, values.shape[-1]) for values in hidden]
         output = forward(_cat(views, dim=1).flatten(0, 1))
-        parts = output.view(count, -1, output.shape[-1]).split([view.shape[1] for view in views], dim=1)
+        parts = output.view(copies, -1, output.shape[-1]).split(lengths, dim=1)
         return [part.flatten(0, 1) for part in parts]
 
     def _base(self, index: int, batch: Batch, start: _Start) -> _Run:
@@ -466,6 +472,9 @@ class _Lockstep:
         :param alone: whether these experts must not see the tokens of several runs together
         """
 
+        def through(call: _AtExperts) -> torch.Tensor:
+            return self._merged([call])[0] if alone else self._pause(call)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             run = self._running
             if run is None or not run.inside:
@@ -475,8 +484,8 @@ class _Lockstep:
                 return own(*args, **kwargs) if call is None else self._pause(call)
             inputs, back = run.change.at_experts(_inputs(experts, args, kwargs))
             run.change.leave()
-            call = None if alone else _call(experts, inputs, {})
-            output = own(*inputs) if call is None else self._pause(call)
+            call = _call(experts, inputs, {}, run.change.kept_channels)
+            output = own(*inputs) if call is None else through(call)
             run.change.enter()
             return back(output)
 
@@ -514,9 +523,16 @@ def _unwatched(experts: nn.Module, own: Callable[..., torch.Tensor]) -> Callable
     """
     if not isinstance(experts, LinearExperts2D) or getattr(own, "__self__", None) is not experts:
         return own
+    return _routed(experts)
+
+
+def _routed(experts: nn.Module, **how: ExpertRun) -> Callable[..., torch.Tensor]:
+    """
+    :param how: see `experts.routed_forward`
+    """
 
     def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        return (routed_forward if routing else scattered_forward)(experts, hidden_states, *routing)
+        return (routed_forward if routing else scattered_forward)(experts, hidden_states, *routing, **how)
 
     return forward
 
@@ -533,15 +549,29 @@ def _rounds_tokens_together(module: nn.Module) -> bool:
     )
 
 
-def _call(experts: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _AtExperts | None:
-    """A call of experts that can be merged with others, None for any other one."""
+def _call(
+    experts: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    kept_channels: torch.Tensor | None = None,
+) -> _AtExperts | None:
+    """A call of experts that can be merged with others, None for any other one.
+
+    :raises TypeError: only some channels are kept, and the experts are fused or called in a way that does not say
+        which tokens each of them sees
+    """
     values = _arguments(args, kwargs)
-    if values is None or any(value.ndim != 2 for value in values):
-        return None
-    hidden, index, weights = values if len(values) == 3 else (*values, None, None)
-    if index is not None and not len(hidden) == len(index) == len(weights):
-        return None
-    return _AtExperts(experts, hidden, index, weights)
+    if values is not None and all(value.ndim == 2 for value in values):
+        hidden, index, weights = values if len(values) == 3 else (*values, None, None)
+        mergeable = index is None or len(hidden) == len(index) == len(weights)
+        if mergeable and (kept_channels is None or isinstance(experts, LinearExperts2D)):
+            return _AtExperts(experts, hidden, index, weights, kept_channels)
+    if kept_channels is not None:
+        raise TypeError(
+            f"{type(experts).__name__}: what its block does with fewer channels can be measured only where "
+            "experts are separate modules that get hidden states, indices and weights of two dimensions each."
+        )
+    return None
 
 
 def _inputs(experts: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
