@@ -48,14 +48,14 @@ class TestWrongWithoutUs:
 REFUSED = {
     "unknown part": ({"2": {"skip": ["attention"]}}, {}, "Layer 2: `skip` names ['attention']"),
     "unread attribute": (
-        {"1": {"num_local_experts": 6}, "2": {"intermediate_size": 32}},
+        {"1": {"num_local_experts": 6}, "2": {"rms_norm_eps": 0.001}},
         {},
-        "Layer 2 of MixtralForCausalLM: `intermediate_size: 32` cannot be honoured",
+        "Layer 2 of MixtralForCausalLM: `rms_norm_eps: 0.001` cannot be honoured",
     ),
     "unread attribute, transformers backend": (
-        {"1": {"num_local_experts": 6}, "2": {"intermediate_size": 32}},
+        {"1": {"num_local_experts": 6}, "2": {"rms_norm_eps": 0.001}},
         {"model_impl": "transformers"},
-        "Layer 2 of TransformersMoEForCausalLM: `intermediate_size: 32` cannot be honoured",
+        "Layer 2 of TransformersMoEForCausalLM: `rms_norm_eps: 0.001` cannot be honoured",
     ),
     # vLLM finds this one itself: the router in the checkpoint has eight rows.
     "config that lies": (
