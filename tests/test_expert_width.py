@@ -27,6 +27,7 @@ from llmcompressor_moe.profile.channels import ChannelSums, RoutedChannels
 from llmcompressor_moe.profile.observing import observe_batches
 from llmcompressor_moe.report import WidthReport
 from llmcompressor_moe.surgery.session import TrimSession
+from llmcompressor_moe.surgery.width import width_of
 from llmcompressor_moe.topology import find_topology
 
 
@@ -162,6 +163,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()
     }
+
+
+def test_a_look_at_the_width_leaves_a_loaded_model_alone(mixtral: Path) -> None:
+    model = support.load(mixtral)
+    assert {width_of(model, moe) for moe in find_topology(model).moe_layers.values()} == {64}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
 def test_opened_and_loaded_models_and_plans_give_the_same(mixtral: Path, tmp_path: Path) -> None:

@@ -69,9 +69,14 @@ def width_of(model: PreTrainedModel, moe: MoELayer) -> int:
     """
     experts = model.get_submodule(moe.experts)
     if not isinstance(experts, LinearExperts2D):
+        shapes = copy.copy(experts)
+        # A shallow copy shares its table of parameters with the module, and moving one would move the other.
+        shapes._parameters = {
+            name: value.to("meta") for name, value in experts.named_parameters(recurse=False)
+        }
         with torch.device("meta"):
             config = getattr(experts, "config", text_config(model.config))
-            experts = linearize_without_weights(copy.copy(experts).to("meta"), config)
+            experts = linearize_without_weights(shapes, config)
     widths = {expert.down_proj.in_features for expert in expert_modules(experts)}
     if len(widths) > 1:
         raise ValueError(f"{moe.experts}: its experts have different widths, {sorted(widths)}.")
