@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.evaluation.history import KeptParts, ModelLayout, layout_of, match_layouts
-from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
+from llmcompressor_moe.profile.forward import sum_over_ranks, tokens_of
 from llmcompressor_moe.profile.observing import hidden_argument
 from llmcompressor_moe.profile.routing import RouterTrace, trace_routing
 from llmcompressor_moe.report import DropReport
@@ -187,7 +187,7 @@ def record_routing(
         raise ValueError("batches holds no sequence; give some text to run the models on.")
     layout = layout_of(model)
     if not layout.num_experts:
-        return RoutingRecord(layout, sum(map(_tokens, chosen)), {}, {})
+        return RoutingRecord(layout, sum(map(tokens_of, chosen)), {}, {})
     topology = find_topology(model)
     with _watch_widths(model, topology) as widths:
         traces = trace_routing(model, topology, chosen, quantized=True)
@@ -223,11 +223,11 @@ def _up_to(batches: Iterable[dict[str, Any]], limit: int) -> list[dict[str, Any]
     seen = 0
     for batch in batches:
         rows = len(batch["input_ids"])
-        while rows and seen + _tokens(_rows(batch, rows)) > limit and (taken or rows > 1):
+        while rows and seen + tokens_of(_rows(batch, rows)) > limit and (taken or rows > 1):
             rows -= 1
         if rows:
             taken.append(_rows(batch, rows))
-            seen += _tokens(taken[-1])
+            seen += tokens_of(taken[-1])
         if rows < len(batch["input_ids"]) or seen >= limit:
             break
     return taken
@@ -243,9 +243,6 @@ def _rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     }
 
 
-def _tokens(batch: dict[str, Any]) -> int:
-    mask = batch_mask(batch)
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _dropped_experts(kept: KeptParts) -> dict[int, list[int]]:

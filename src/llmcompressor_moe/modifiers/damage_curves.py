@@ -12,7 +12,7 @@ import torch
 from llmcompressor_moe.counts import choose_counts, counts_to_measure, damage_curve
 from llmcompressor_moe.plan import ExpertRoom, experts_to_drop
 from llmcompressor_moe.profile.changes import Change, WithoutExperts
-from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
+from llmcompressor_moe.profile.forward import sum_over_ranks, tokens_of
 from llmcompressor_moe.profile.splitting import some_samples
 from llmcompressor_moe.profile.variants import Variant, divergence_of, passes_of
 from llmcompressor_moe.report import DropCurves
@@ -100,10 +100,10 @@ def choose_amounts(
     cuts = [(layer, count) for layer, counts in measured.items() for count in counts]
     variants = [Variant(layer, cut(layer, count)) for layer, count in cuts]
     every = list(batches)
-    all_tokens = _sum(_tokens(batch) for batch in every)
+    all_tokens = _sum(tokens_of(batch) for batch in every)
     blocks, num_blocks = [layer for layer, _ in cuts], len(session.topology.blocks)
     samples = some_samples(every, measured_share(blocks, num_blocks, all_tokens))
-    share = sum(map(_tokens, samples)) / max(sum(map(_tokens, every)), 1)
+    share = sum(map(tokens_of, samples)) / max(sum(map(tokens_of, every)), 1)
     nats, tokens = divergence_of(session.model, samples, variants, share=share)
     found: dict[int, dict[int, float]] = {layer: {} for layer in allowed}
     for (layer, count), value in zip(cuts, nats, strict=True):
@@ -133,11 +133,6 @@ class _Order:
     def kept(self, layer: int, count: int) -> list[int]:
         gone = set(self.dropped(layer, count))
         return [expert for expert in range(self._rooms[layer].num_experts) if expert not in gone]
-
-
-def _tokens(batch: dict[str, Any]) -> int:
-    mask = batch_mask(batch)
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _sum(counts: Iterable[int]) -> int:

@@ -40,7 +40,7 @@ from llmcompressor_moe.modifiers.width_curves import (
     narrow_room,
 )
 from llmcompressor_moe.profile.channels import ChannelSums, RoutedChannels, SharedChannels
-from llmcompressor_moe.profile.forward import sum_over_ranks
+from llmcompressor_moe.profile.forward import sum_over_ranks, tokens_of
 from llmcompressor_moe.profile.observing import Observer, observe_batches
 from llmcompressor_moe.profile.splitting import in_fixed_order
 from llmcompressor_moe.report import PlanFileError, WidthReport, as_hex
@@ -424,18 +424,11 @@ class ExpertWidthModifier(MoEModifier):
                 for name, module in experts.items()
                 if name.startswith(SHARED)
             ]
-        seen: dict[int, tuple[int, int]] = {}
-
-        def count(index: int, batch: dict[str, Any]) -> None:
-            mask = batch.get("attention_mask")
-            ids = batch["input_ids"]
-            seen[index] = (ids.shape[0], ids.numel() if mask is None else int(mask.sum()))
-
         # Which tokens an expert is judged by goes by their place.
         batches = in_fixed_order(self._batches)
-        observe_batches(session.model, observers, batches, "Expert width", on_batch=count)
-        samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True))
-        samples, tokens = sum_over_ranks(torch.tensor([samples, tokens])).tolist()
+        observe_batches(session.model, observers, batches, "Expert width")
+        seen = torch.tensor([(len(batch["input_ids"]), tokens_of(batch)) for batch in batches])
+        samples, tokens = sum_over_ranks(seen.sum(dim=0)).tolist()
         return {"tokens": tokens, "samples": samples}
 
     def _cut(self, layer: int, experts: dict[str, nn.Module], sums: Sequence[ChannelSums] | None) -> None:

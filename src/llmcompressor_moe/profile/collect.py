@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.data import Profile, Statistic
-from llmcompressor_moe.profile.forward import batch_mask, sum_over_ranks
+from llmcompressor_moe.profile.forward import sum_over_ranks, tokens_of
 from llmcompressor_moe.profile.observers import BlockObserver, ExpertsObserver, RunObserver
 from llmcompressor_moe.profile.observing import observe_batches
 from llmcompressor_moe.profile.resumable import ResumablePass
@@ -60,9 +60,7 @@ def collect_profile(
     seen: dict[int, tuple[int, int]] = {}
 
     def count(index: int, batch: dict[str, Any]) -> None:
-        mask = batch_mask(batch)
-        ids = batch["input_ids"]
-        seen[index] = (ids.shape[0], int(mask.sum()) if mask is not None else ids.numel())
+        seen[index] = (len(batch["input_ids"]), tokens_of(batch))
 
     observe_batches(model, observers, batches, "Profiling", on_batch=count, resumable=resumable)
     samples, tokens = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)

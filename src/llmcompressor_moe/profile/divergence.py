@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmcompressor_moe.profile.computing import available_memory
 from llmcompressor_moe.profile.data import require_finite
-from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks
+from llmcompressor_moe.profile.forward import batch_mask, run_batches, sum_over_ranks, tokens_of
 from llmcompressor_moe.profile.lockstep import Snapshot
 from llmcompressor_moe.progress import progress
 from llmcompressor_moe.surgery.bypass import bypassed, pass_through, silence
@@ -94,7 +94,7 @@ def divergence_without(
                         stack.enter_context(_without(model, topology, index, part))
                     sums[position] += _divergence(model, group, intact, indices[0])
                 advance(1)
-            sums[-1] += sum(_count(batch) for batch in group)
+            sums[-1] += sum(tokens_of(batch) for batch in group)
     sums = sum_over_ranks(sums)
     divergence = {
         indices[0]: float(total / sums[-1]) for indices, total in zip(candidates, sums, strict=False)
@@ -174,11 +174,6 @@ def _groups(batches: Sequence[dict[str, Any]], token_bytes: int, memory: int) ->
         groups[-1].append(batch)
         room -= size
     return groups
-
-
-def _count(batch: dict[str, Any]) -> int:
-    mask = batch_mask(batch)
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _without(

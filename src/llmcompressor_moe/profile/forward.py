@@ -32,6 +32,7 @@ __all__ = [
     "run_batches",
     "sum_over_ranks",
     "to_device",
+    "tokens_of",
 ]
 
 Batch = dict[str, Any]
@@ -44,6 +45,12 @@ def batch_mask(batch: Batch) -> torch.Tensor | None:
     if mask is None or mask.ndim != 2 or bool(mask.all()):
         return None
     return mask.bool()
+
+
+def tokens_of(batch: Batch) -> int:
+    """Tokens of a batch, padding left out."""
+    mask = batch_mask(batch)
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def run_batches(
