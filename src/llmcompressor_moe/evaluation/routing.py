@@ -243,8 +243,6 @@ def _rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     }
 
 
-
-
 def _dropped_experts(kept: KeptParts) -> dict[int, list[int]]:
     gone = {
         block: sorted(set(range(kept.base.num_experts[block])) - set(experts))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compressed_tensors.distributed import is_distributed
+from compressed_tensors.distributed import is_distributed, is_source_process
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import Modifier
 from pydantic import PrivateAttr, model_validator
@@ -75,6 +75,10 @@ class MoEModifier(Modifier):
         if len(given) != 1:
             what = f"got {' and '.join(given)}" if given else "got none"
             raise ValueError(f"{type(self).__name__} takes exactly one of {', '.join(names)}; {what}.")
+
+    def _check_protect(self, protect: list[int]) -> None:
+        if any(index < 0 for index in protect) or len(set(protect)) != len(protect):
+            raise ValueError(f"protect={protect} must be distinct block indices, counted from 0.")
 
     def _join_session(self, state: State) -> TrimSession:
         """The model as all our modifiers in this recipe see it; the first to ask begins."""
@@ -145,6 +149,13 @@ class MoEModifier(Modifier):
             if profile
             else None,
         }
+
+    def _publish(self, report: ModifierReport) -> None:
+        """Write the report where the recipe asks for it, and add it to what the checkpoint will say of itself."""
+        if self.report_path and is_source_process():
+            report.save(self.report_path)
+        model = self._session.model
+        model._trim_history = [*getattr(model, "_trim_history", []), report]
 
     def _load_report(self, kind: type[Report]) -> Report:
         """The saved plan.

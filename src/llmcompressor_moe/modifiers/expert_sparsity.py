@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import PrivateAttr, model_validator
@@ -153,10 +152,7 @@ class ExpertSparsityModifier(MoEModifier):
         report = self._report()
         self._warn_of_fallback(report)
         self._parts, self._profile = [], None
-        if self.report_path and is_source_process():
-            report.save(self.report_path)
-        history = getattr(state.model, "_trim_history", [])
-        state.model._trim_history = [*history, report]
+        self._publish(report)
         logger.info(report.describe())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import align_modules
 from compressed_tensors.quantization.lifecycle import initialize_module_for_quantization
 from llmcompressor.core import Event, State
@@ -126,8 +125,7 @@ class ExpertWidthModifier(MoEModifier):
     @model_validator(mode="after")
     def _check_fields(self) -> ExpertWidthModifier:
         self._check_one_of(("drop_ratio", "width", "plan_path"))
-        if any(index < 0 for index in self.protect) or len(set(self.protect)) != len(self.protect):
-            raise ValueError(f"protect={self.protect} must be distinct block indices, counted from 0.")
+        self._check_protect(self.protect)
         if self.drop_ratio is not None and not 0 < self.drop_ratio < 1:
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1.")
         for name in ("width", "multiple_of"):
@@ -172,9 +170,7 @@ class ExpertWidthModifier(MoEModifier):
         for layer in parts:
             for path in (session.layer(layer).module, session.layer(layer).experts):
                 note_width(session.model.get_submodule(path), *self._widths[layer])
-        if self.report_path and is_source_process():
-            self._found.save(self.report_path)
-        state.model._trim_history = [*getattr(state.model, "_trim_history", []), self._found]
+        self._publish(self._found)
         logger.info(self._found.describe())
 
     # What is asked for

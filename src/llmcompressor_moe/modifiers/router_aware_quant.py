@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from typing import Any, Literal
 
-from compressed_tensors.distributed import is_source_process
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
 from llmcompressor.core import Event, State
@@ -233,9 +232,7 @@ class RouterAwareQuantModifier(MoEModifier):
                 comparable=self.algorithm != "awq",
             )
             self._reference = None
-        if self.report_path and is_source_process():
-            report.save(self.report_path)
-        state.model._trim_history = [*getattr(state.model, "_trim_history", []), report]
+        self._publish(report)
         if self.granularity == "expert" or not self.servable:
             state.model._research_only = True
         logger.info(report.describe())

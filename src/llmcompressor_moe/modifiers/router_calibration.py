@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import get_execution_device
 from llmcompressor.core import Event, State
 from loguru import logger
@@ -144,7 +143,5 @@ class RouterCalibrationModifier(MoEModifier):
             },
             **{name: getattr(found, name) for name in RouterCalibrationReport.own_fields()},
         )
-        if self.report_path and is_source_process():
-            report.save(self.report_path)
-        state.model._trim_history = [*getattr(state.model, "_trim_history", []), report]
+        self._publish(report)
         logger.info(report.describe())

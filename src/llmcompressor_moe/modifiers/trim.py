@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.core import Event, State
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
@@ -53,8 +52,7 @@ class TrimModifier(MoEModifier):
     @model_validator(mode="after")
     def _check_fields(self) -> TrimModifier:
         self._check_one_of(self._amount_fields())
-        if any(index < 0 for index in self.protect) or len(set(self.protect)) != len(self.protect):
-            raise ValueError(f"protect={self.protect} must be distinct block indices, counted from 0.")
+        self._check_protect(self.protect)
         return self
 
     # What each modifier says of itself
@@ -123,10 +121,7 @@ class TrimModifier(MoEModifier):
         """Remove experts; tell what happened."""
         if not self.cuts_before_the_pass:
             self._cut(self._report.dropped, state)
-        if self.report_path and is_source_process():
-            self._report.save(self.report_path)
-        history = getattr(state.model, "_trim_history", [])
-        state.model._trim_history = [*history, self._report]
+        self._publish(self._report)
         logger.info(f"{type(self).__name__}: dropped {self._report.dropped}")
 
     # Helpers for subclasses
